@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models.  Ho, Jain, Abbeel 2020, arXiv 2006.11239.
 
-One idea: noise an image x_0 to x_t, train a network ε_θ(x_t, t) to say which noise ε was added; then start from
-pure noise x_T and take a little of the predicted noise away, T times. Equation numbers are the paper's.
+One idea: noise an image x_0 to x_t and train a network ε_θ(x_t, t) to say which noise ε was added; then start
+from pure noise x_T and take a little of the predicted noise away, T times. Equation numbers are the paper's.
 
     python ddpm_ho_2020.py                             # 8x8 digits, no download: @@ on two CPU cores
     python ddpm_ho_2020.py --dataset mnist             # 28x28 digits: @@ on two CPU cores
@@ -11,13 +11,13 @@ pure noise x_T and take a little of the predicted noise away, T times. Equation 
 @@NUMBERS
 
 Differs from the paper:
-  - Smaller networks and shorter training for digits and MNIST (PRESETS). The flags' own defaults are the paper's.
-  - x̂_0 is clipped to [-1, 1] when sampling: in the authors' code, not in Algorithm 2 (--no-clip turns it off).
-  - The EMA's decay is warmed up, min(decay, (1 + n) / (10 + n)): a short run would sample its initial weights.
-  - The presets sample in fewer than T steps, the same chain seen at a subset of its t (--sampling-steps 1000).
+  - Smaller networks and shorter training for digits and MNIST (PRESETS); the flags' defaults are the paper's.
+  - x̂_0 is clipped to [-1, 1] in sampling: in the authors' code, not in Algorithm 2 (--no-clip turns it off).
+  - The EMA's decay is warmed up, min(decay, (1 + n) / (10 + n)): short runs would sample their first weights.
+  - The presets sample in fewer than T steps: the same chain at a subset of its t (--sampling-steps 1000).
   - bfloat16 autocast on CUDA; batches drawn with replacement; strided convolutions pad both sides alike.
-  - No FID, whose network has to be downloaded, but the Fréchet distance in the features of a small classifier
-    trained here: comparable with the floor printed beside it and with other runs on the same data, not with FID.
+  - No FID, whose network has to be downloaded, but the Fréchet distance in features of a small classifier
+    trained here: compare it with the floor beside it and with other runs on the same data, not with FID.
 
 Shapes: B batch, C channels, H height, W width, D embedding.
 """
@@ -40,8 +40,7 @@ from tqdm import tqdm
 
 from schedules import SCHEDULES, Schedule, like, make_schedule
 
-# --------------------------------------------------------------- Sec. 3.2, 3.4: the loss and the reverse process
-
+# ------------------------------------------------------------ Sec. 3.2, 3.4: the loss and the reverse process
 
 def l_simple(eps_theta, s, x0, t, eps):
     """L_simple = E |ε - ε_θ(√ᾱ_t x_0 + √(1 - ᾱ_t) ε, t)|², per dimension.  Eq. (14), Algorithm 1.
@@ -49,14 +48,12 @@ def l_simple(eps_theta, s, x0, t, eps):
     x0 (B, C, H, W) in [-1, 1];  t (B,) drawn from 1..T;  eps like x0, drawn from N(0, I).  -> ()"""
     return F.mse_loss(eps_theta(s.q_sample(x0, t, eps), t), eps)
 
-
 def predict_x0(s, xt, t, eps_hat, clip=True):
-    """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).  Near t = T this divides by almost 0, a small error of ε̂
-    throws x̂_0 far out of the data's range, and sampling does not come back: hence the clip."""
+    """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).  Near t = T this divides by almost 0, so a small error
+    of ε̂ throws x̂_0 far out of the data's range, and sampling does not come back: hence the clip."""
     alpha_bar = s.alpha_bar[t]
     x0_hat = (xt - like((1 - alpha_bar).sqrt(), xt) * eps_hat) / like(alpha_bar.sqrt(), xt)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
-
 
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True):
     """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I).  Yields (t, x_t, x̂_0) for t = T-1..0.
@@ -73,9 +70,8 @@ def ddpm_sample(eps_theta, s, x, variance="beta", clip=True):
         x = mu_theta + sigma2.sqrt() * z
         yield t - 1, x, x0_hat
 
-
 def ddim_sample(eps_theta, s, x, clip=True):
-    """DDIM, the same ε_θ without noise.  Song, Meng & Ermon 2020, Eq. (12), σ = 0.  Yields as ddpm_sample does.
+    """DDIM: the same ε_θ, no noise.  Song, Meng & Ermon 2020, Eq. (12), σ = 0.  Yields as ddpm_sample does.
 
     x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂"""
     for t in range(s.T, 0, -1):
@@ -87,36 +83,30 @@ def ddim_sample(eps_theta, s, x, clip=True):
         x = like(alpha_bar_prev.sqrt(), x) * x0_hat + like((1 - alpha_bar_prev).sqrt(), x) * eps_hat
         yield t - 1, x, x0_hat
 
-
 def subchain(eps_theta, s, steps):
-    """The forward process seen at only `steps` of its T times: a chain of its own, whose i = 1..steps stand for
-    t = grid[i], from above 0 to T, and which every sampler takes as it takes the whole.
+    """The forward process seen at only `steps` of its T times: a chain of its own, whose i = 1..steps stand
+    for t = grid[i], the last of them T, and which a sampler takes as it takes the whole one.
     -> (its eps_theta, its Schedule)"""
     grid = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
     alpha_bar = s.alpha_bar[grid]
     beta = torch.cat([alpha_bar[:1] * 0, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-12)])
     return (lambda x, i: eps_theta(x, grid[i])), Schedule(beta.cpu()).to(s.beta.device)
 
-
-# ----------------------------------------------------------------------------- Sec. 4 and Appendix B: the U-Net
-
+# --------------------------------------------------------------------------- Sec. 4 and Appendix B: the U-Net
 
 def norm(C):
     """GroupNorm; 32 groups from 128 channels on, as in the paper, and groups of at least four below."""
     return nn.GroupNorm(math.gcd(32, C // 4), C)
 
-
 def conv3(C_in, C_out, stride=1):
     return nn.Conv2d(C_in, C_out, 3, stride, padding=1)
 
-
 def time_embedding(t, D):
-    """sin and cos of t at D/2 frequencies, evenly spaced in the exponent from 1 down to 1/10000 (Vaswani et al.
+    """sin and cos of t at D/2 frequencies, 1 down to 1/10000, evenly spaced in the exponent (Vaswani et al.
     2017).  (B,) -> (B, D)"""
     frequency = 10000 ** -torch.linspace(0, 1, D // 2, device=t.device)
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
-
 
 class ResBlock(nn.Module):
     """h + conv(conv(h) + embedding of t), where each conv means GroupNorm, Swish, 3x3 convolution.
@@ -135,9 +125,8 @@ class ResBlock(nn.Module):
             r = r + self.embed(F.silu(emb))[:, :, None, None]
         return self.skip(h) + self.out(self.dropout(F.silu(self.norm2(r))))
 
-
 class Attention(nn.Module):
-    """Self-attention among all pixels of a feature map, one head, with a residual.  (B, C, H, W) -> the same"""
+    """Self-attention among the pixels of a feature map, one head, a residual.  (B, C, H, W) -> the same"""
 
     def __init__(self, C):
         super().__init__()
@@ -148,7 +137,6 @@ class Attention(nn.Module):
         r = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v
         return h + self.out(r.transpose(1, 2).reshape(h.shape))
 
-
 class Block(nn.Sequential):
     """Layers in a row, of which the residual blocks are also given the embedding."""
 
@@ -157,21 +145,20 @@ class Block(nn.Sequential):
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
         return h
 
-
 class UNet(nn.Module):
-    """ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W).  ValueError if image_shape cannot be halved often enough.
+    """ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W).  ValueError if image_shape cannot be halved so often.
 
-    Level i works at 1/2^i of the image's size with channels * multipliers[i] channels. It has `blocks` residual
-    blocks on the way down and one more on the way up, each of which is also given a map of the way down (the skip
-    connections). Attention follows every block of the levels whose shorter side is in `attention`."""
+    Level i works at 1/2^i of the image's size with channels * multipliers[i] channels. It has `blocks`
+    residual blocks on the way down and one more on the way up, each of which is also given a map of the way
+    down (the skip connections). Attention follows every block of the levels whose shorter side it names."""
 
-    def __init__(self, image_shape, channels, multipliers, blocks, attention, dropout=0.0, time_embedding=True):
+    def __init__(self, image_shape, channels, multipliers, blocks, attention, dropout, time_embedding=True):
         super().__init__()
         C, H, W = image_shape
         factor = 2 ** (len(multipliers) - 1)
         if H % factor or W % factor:
-            raise ValueError(f"images of {H}x{W} do not fit this network: {len(multipliers)} --multipliers need "
-                             f"height and width to be multiples of {factor}")
+            raise ValueError(f"images of {H}x{W} do not fit: a network of {len(multipliers)} --multipliers needs "
+                             f"a height and width that {factor} divides")
         D = 4 * channels if time_embedding else 0
         self.channels, widths = channels, [channels * m for m in multipliers]
         self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D)) if D else None
@@ -217,33 +204,29 @@ class UNet(nn.Module):
         h = self.middle(h, emb)
         for block in self.up:
             h = block(torch.cat([h, skips.pop()], 1), emb)
-        return self.out(h).to(x.dtype)  # under autocast the network is in bfloat16, the process stays in float32
-
+        return self.out(h).to(x.dtype)  # bfloat16 under autocast, where the process stays in float32
 
 def make_eps_theta(args, image_shape):
-    """The network that args describe, for images of image_shape (C, H, W).  ValueError if the size does not fit."""
+    """The network that args describe, for images of shape (C, H, W).  ValueError if the size does not fit."""
     net = UNet(image_shape, args.channels, args.multipliers, args.blocks, args.attention, args.dropout,
                args.time_embedding)
     return net.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, more on a GPU
 
-
-# ---------------------------------------------------------------------------------------------------------- data
-
+# ------------------------------------------------------------------------------------------------------- data
 
 def fail(message):
     """End the run on a user's mistake: one line, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
-
 def load_data(dataset, data_dir, download=True):
-    """-> (images, labels) to train on and (images, labels) held out, uint8 (N, C, H, W) and int64 (N,).  OSError if
-    not to be had. The set is one tensor, so that a batch is an index and needs no loader."""
+    """-> (images, labels) to train on and (images, labels) held out, uint8 (N, C, H, W) and int64 (N,).
+    OSError if not to be had. The set is one tensor, so that a batch is an index and needs no loader."""
     if dataset == "digits":
         from sklearn.datasets import load_digits
         x, y = load_digits(return_X_y=True)
         x, y = torch.tensor(x * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8), torch.tensor(y)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # it comes writer by writer
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
     from torchvision.datasets import MNIST
     try:
@@ -252,32 +235,28 @@ def load_data(dataset, data_dir, download=True):
         except RuntimeError:  # not there
             sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"MNIST could not be read or downloaded ({type(e).__name__}). Put train-images-idx3-ubyte, "
-                      "train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, or each as .gz, "
-                      f"into {Path(data_dir, 'MNIST', 'raw')}, or name the folder that holds MNIST with --data-dir; "
-                      "--dataset digits needs no download") from e
+        raise OSError(f"MNIST could not be read or downloaded ({type(e).__name__}). Put these, or each as .gz, into "
+                      f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
+                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST with "
+                      "--data-dir. --dataset digits needs no download") from e
     return tuple((d.data[:, None], d.targets) for d in sets)
-
 
 def to_float(images):
     """uint8 0..255 -> float32 [-1, 1].  Sec. 3.3."""
     return images.float() / 127.5 - 1
 
-
 def to_uint8(x):
     """[-1, 1] -> uint8 0..255, rounded."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-
-# --------------------------------------------------------------------------------- evaluation, without downloads
-
+# ------------------------------------------------------------------------------ evaluation, without downloads
 
 def train_classifier(images, labels, steps, batch=128):
-    """A small convolutional classifier of real images.  uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head);
-    the 64 features are where samples and real images are compared."""
-    features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(), conv3(64, 64, 2),
-                             nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(256, 64),
-                             nn.ReLU())
+    """A small classifier of real images.  uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head); its 64
+    features are where samples and real images are compared."""
+    features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(),
+                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                             nn.Dropout(0.2), nn.Linear(256, 64), nn.ReLU())
     net = nn.Sequential(features, nn.Linear(64, int(labels.max()) + 1)).to(images.device)
     opt = torch.optim.Adam(net.parameters())
     for step in range(steps):
@@ -289,7 +268,6 @@ def train_classifier(images, labels, steps, batch=128):
         opt.step()
     return net.eval().requires_grad_(False)
 
-
 def frechet_distance(a, b):
     """|m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½) for the means m and covariances S of two sets of features.
     (N, D), (M, D) -> float"""
@@ -298,9 +276,8 @@ def frechet_distance(a, b):
     root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # the trace of the root
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
-
 def evaluate(samples, train, held_out, steps, seed):
-    """Samples against held-out images, and as many training images against the same (the floor).  uint8 -> dict"""
+    """Samples against held-out images, and as many training images against those (the floor).  uint8 -> dict"""
     torch.manual_seed(seed)  # the same classifier for every run on this data, so that distances compare
     net = train_classifier(*train, steps)
     real = train[0][torch.randperm(len(train[0]), device=samples.device)[:len(samples)]]
@@ -311,34 +288,29 @@ def evaluate(samples, train, held_out, steps, seed):
             "confident_share": (p.amax(1) > 0.9).float().mean().item(),
             "confident_share_real": (p_held.amax(1) > 0.9).float().mean().item(),
             "rarest_class_share": p.argmax(1).bincount(minlength=p.shape[1]).min().item() / len(p),
-            "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item(), "held_out": len(f_held)}
+            "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item(),
+            "held_out": len(f_held)}
 
-
-# ----------------------------------------------------------------------------------- sampling and training loops
-
-
-def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
+# -------------------------------------------------------------------------------- sampling and training loops
 
 @torch.no_grad()
 def sample(net, s, args, n, image_shape, bar=False):
-    """n images from the seed's noise by args.sampler, and [(t, x_t, x̂_0)] of the first 16.  -> uint8 (n, C, H, W), list
-    Leaves the random state as it was, so that looking at samples while training does not change the training."""
+    """n images from the seed's noise by args.sampler: uint8 (n, C, H, W), and [(t, x_t, x̂_0)] of the first 16.
+    Leaves the random state as it was, so that looking at samples in between does not change the training."""
     device, frames, images, steps = s.beta.device, [], [], min(args.sampling_steps or s.T, s.T)
+    cuda = device.type == "cuda"
     eps_theta, short = subchain(net, s, steps)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast(device):
+    with torch.random.fork_rng([device] * cuda), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
         torch.manual_seed(args.seed)
         for first in range(0, n, 250):
             x = torch.randn(min(250, n - first), *image_shape, device=device)
             chain = (ddim_sample(eps_theta, short, x, args.clip) if args.sampler == "ddim" else
                      ddpm_sample(eps_theta, short, x, args.variance, args.clip))
-            for i, xt, x0_hat in tqdm(chain, f"sampling {first + len(x)}/{n}", steps, leave=False, disable=not bar):
+            for i, xt, x0_hat in tqdm(chain, f"sampling {first + len(x)}/{n}", steps, disable=not bar):
                 if first == 0:
                     frames.append((round(i * s.T / steps), xt[:16], x0_hat[:16]))
             images.append(to_uint8(xt))
     return torch.cat(images), frames
-
 
 def load_checkpoint(path):
     """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
@@ -352,20 +324,12 @@ def load_checkpoint(path):
         fail(f"{path} is not a checkpoint of {Path(__file__).name}")
     return state
 
-
-def restore(module, weights, path):
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as e:
-        fail(f"the network in {path} has other shapes than the flags say: {str(e).splitlines()[1].strip()}")
-
-
 def train(args, net, ema, s, images, path, state):
     """Algorithm 1, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step at hand.
     Saves to path each minute and at the end, and returns what it saved."""
     device, opt = images.device, torch.optim.Adam(net.parameters(), args.lr)
     first, seconds, snapshots, losses = 0, 0.0, {}, torch.zeros(args.steps, device=device)
-    if state:
+    if state:  # which holds all that the next step depends on
         first, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
         losses = torch.cat([state["losses"].to(device), losses[first:]])
         opt.load_state_dict(state["optimizer"])
@@ -376,11 +340,11 @@ def train(args, net, ema, s, images, path, state):
     def save():
         if not losses[:step].isfinite().all():
             fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
-                 + (f"The last good checkpoint is kept: {path}" if path.exists() else "No checkpoint was saved yet"))
-        state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]), "step": step,
-                 "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(), "snapshots": snapshots,
-                 "net": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
-                 "rng": torch.get_rng_state(),
+                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint was saved yet"))
+        state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
+                 "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
+                 "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
+                 "optimizer": opt.state_dict(), "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
         torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
         os.replace(f"{path}.tmp", path)
@@ -397,7 +361,7 @@ def train(args, net, ema, s, images, path, state):
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         t = torch.randint(1, s.T + 1, (len(x0),), device=device)
-        with autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = l_simple(net, s, x0, t, torch.randn_like(x0))
         opt.zero_grad()
         loss.backward()
@@ -425,9 +389,7 @@ def train(args, net, ema, s, images, path, state):
         print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
     return save()
 
-
-# ------------------------------------------------------------------------------------------------------- figures
-
+# ---------------------------------------------------------------------------------------------------- figures
 
 def draw_rows(path, rows, columns=()):
     """Images as a table. rows: {label: uint8 (n, C, H, W)}; columns: labels above the first row."""
@@ -435,10 +397,10 @@ def draw_rows(path, rows, columns=()):
     matplotlib.use("Agg")  # draws to files; no screen needed
     import matplotlib.pyplot as plt
     n, C, H, W = next(iter(rows.values())).shape
-    fig, axes = plt.subplots(len(rows), 1, figsize=(1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W), squeeze=False,
-                             layout="constrained")
+    fig, axes = plt.subplots(len(rows), 1, squeeze=False, layout="constrained",
+                             figsize=(1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W))
     for ax, (label, x) in zip(axes[:, 0], rows.items()):
-        strip = F.pad(x.cpu(), (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).reshape(H + 2, -1, C)  # side by side
+        strip = F.pad(x.cpu(), (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).reshape(H + 2, -1, C)
         ax.imshow(strip.expand(-1, -1, 3))
         ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center")
         ax.set(xticks=[], yticks=[])
@@ -448,7 +410,6 @@ def draw_rows(path, rows, columns=()):
         axes[0, 0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
     fig.savefig(path, dpi=100)
     plt.close(fig)
-
 
 def draw_all(out, images, frames, real, losses):
     """samples.png (real images in the first row), progressive.png (as Fig. 6), reverse.gif and loss.png."""
@@ -470,7 +431,7 @@ def draw_all(out, images, frames, real, losses):
     gif = [make_grid(to_uint8(xt), 4).permute(1, 2, 0).cpu().numpy() for _, xt, _ in frames]
     gif = [Image.fromarray(a).resize((256, 256 * a.shape[0] // a.shape[1]), Image.NEAREST) for a in gif]
     gif = gif[::-1][::len(gif) // 40 + 1][::-1]  # some 40 of them, the last included
-    gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80, loop=0)
+    gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
     import matplotlib.pyplot as plt
     k = max(1, len(losses) // 100)  # mean of each hundredth of the run
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -479,26 +440,24 @@ def draw_all(out, images, frames, real, losses):
     fig.savefig(out / "loss.png", dpi=100)
     plt.close(fig)
 
-
-# ----------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
-    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.0, flip=False, steps=2000,
-                   lr=2e-3, warmup=100, ema=0.998, sampling_steps=250, classifier_steps=600),
-    "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], dropout=0.0, flip=False, steps=3600,
-                  lr=1e-3, warmup=200, ema=0.998, sampling_steps=100, batch=64),
+    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.0, flip=False,
+                   steps=2000, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250, classifier_steps=600),
+    "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], dropout=0.0, flip=False,
+                  steps=3600, lr=1e-3, warmup=200, ema=0.998, sampling_steps=100, batch=64),
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10, classifier_steps=30)
 OF_THE_RUN = ("checkpoint", "resume", "out", "device", "data_dir", "seed", "quick", "num_samples")
-
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset, over the paper's values."""
     p = argparse.ArgumentParser(description="Denoising Diffusion Probabilistic Models (Ho et al. 2020).",
                                 epilog="Each --dataset has a preset that replaces some of these defaults.")
     yes_no = argparse.BooleanOptionalAction
-    p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits: 8x8, in scikit-learn, no download")
-    p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or that it is downloaded to")
+    p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
+    p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
     p.add_argument("--out", help="folder for all that is written; default runs/ddpm_ho_2020-<dataset>")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -514,14 +473,14 @@ def get_args(argv=None):
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the moving average (paper: 0.9999)")
     p.add_argument("--flip", action=yes_no, default=True, help="random horizontal flips (paper: yes)")
     p.add_argument("--channels", type=int, default=128, help="width of the first level (paper: 128)")
-    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 2, 2], help="of the levels (paper: 1 2 2 2)")
+    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 2, 2], help="(paper: 1 2 2 2)")
     p.add_argument("--blocks", type=int, default=2, help="residual blocks a level (paper: 2)")
     p.add_argument("--attention", type=int, nargs="*", default=[16], help="sizes with attention (paper: 16)")
     p.add_argument("--dropout", type=float, default=0.1, help="in the residual blocks (paper: 0.1)")
     p.add_argument("--time-embedding", action=yes_no, default=True, help="tell the network t (paper: yes)")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ddpm: Algorithm 2")
     p.add_argument("--sampling-steps", type=int, help="steps of the sampler (paper: T)")
-    p.add_argument("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2 (paper: either)")
+    p.add_argument("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2")
     p.add_argument("--clip", action=yes_no, default=True, help="clip x0_hat to [-1, 1] (authors' code: yes)")
     p.add_argument("--num-samples", type=int, default=1000, help="(paper: 50000); 64 with --checkpoint")
     p.add_argument("--classifier-steps", type=int, default=1000, help="to train the evaluation's classifier")
@@ -544,13 +503,12 @@ def get_args(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
-    for name in ("T", "steps", "batch", "warmup", "blocks", "num_samples", "sampling_steps", "classifier_steps"):
+    for name in "T steps batch warmup blocks num_samples sampling_steps classifier_steps".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.channels < 4 or args.channels % 4 or min(args.multipliers) < 1:
         p.error("--channels must be a multiple of 4, and --multipliers at least 1")
     return args
-
 
 def main(args):
     """Train (or load), sample, evaluate, draw; writes it all into args.out and returns the numbers."""
@@ -559,7 +517,7 @@ def main(args):
     try:
         out.mkdir(parents=True, exist_ok=True)
         sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
-        real = [[v.to(args.device) for v in pair] for pair in sets]  # [images, labels] to train on, and held out
+        real = [[v.to(args.device) for v in pair] for pair in sets]  # each pair: images, labels
     except OSError as e:
         if not args.checkpoint:  # which is all that sampling needs
             fail(e)
@@ -568,14 +526,16 @@ def main(args):
     torch.manual_seed(args.seed)
     try:
         net = make_eps_theta(args, shape).to(args.device)
+        ema = copy.deepcopy(net).requires_grad_(False).eval()
+        if state:
+            net.load_state_dict(state["net"])
+            ema.load_state_dict(state["ema"])
     except ValueError as e:
         fail(e)
-    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    except RuntimeError as e:
+        fail(f"the checkpoint's network has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
     s = make_schedule(args.schedule, args.T).to(args.device)
-    if state:
-        restore(net, state["net"], args.checkpoint or path)
-        restore(ema, state["ema"], args.checkpoint or path)
-    elif path.exists():
+    if not state and path.exists():
         kept = next(p for p in (out / f"checkpoint-{i}.pt" for i in itertools.count(1)) if not p.exists())
         print(f"{path} is of an earlier run: moved to {kept.name}")
         path.rename(kept)
@@ -585,14 +545,15 @@ def main(args):
     drawn, losses = time.time(), state["losses"]
     images, frames = sample(ema, s, args, args.num_samples, shape, bar=True)
     metrics = {"script": "ddpm_ho_2020", "dataset": args.dataset, "seed": args.seed, "device": args.device,
-               "torch": torch.__version__, "params": sum(p.numel() for p in net.parameters()), "steps": state["step"],
+               "torch": torch.__version__, "steps": state["step"],
+               "params": sum(p.numel() for p in net.parameters()),
                "loss": losses[-max(1, len(losses) // 20):].mean().item(), "seconds_train": state["seconds"],
                "images_per_second": state["step"] * state["config"]["batch"] / state["seconds"],
                "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": len(images),
                "seconds_sample": time.time() - drawn}
     if real and len(images) > 64:  # the covariance of 64 features needs more samples than that
         metrics |= evaluate(images, *real, args.classifier_steps, args.seed)
-    np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu().numpy())  # as arr_0, (N, H, W, C)
+    np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu().numpy())  # arr_0: N, H, W, C
     draw_all(out, images, frames, real and real[0][0], losses)
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -601,7 +562,6 @@ def main(args):
             print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
     print(f"figures in {out}: samples.png, progressive.png, reverse.gif, training.png, loss.png")
     return metrics
-
 
 if __name__ == "__main__":
     main(get_args())

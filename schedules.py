@@ -25,12 +25,10 @@ import torch
 
 SCHEDULES = {}  # name -> function of T that gives beta: float64, shape (T + 1,), beta[0] = 0, 0 < beta[1:] < 1
 
-
 def schedule(f):
     """Register f(T) -> beta under its own name."""
     SCHEDULES[f.__name__] = f
     return f
-
 
 def from_alpha_bar(alpha_bar):
     """β_t = 1 - ᾱ_t / ᾱ_{t-1} for a table of ᾱ_0..ᾱ_T, kept below 0.999 as Nichol & Dhariwal do.  (T+1,) -> (T+1,)"""
@@ -38,11 +36,9 @@ def from_alpha_bar(alpha_bar):
     beta[1:] = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     return beta
 
-
 def time(T):
     """t/T for t = 0..T, float64, shape (T+1,)."""
     return torch.arange(T + 1, dtype=torch.float64) / T
-
 
 @schedule
 def linear(T):
@@ -50,19 +46,16 @@ def linear(T):
     beta = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
     return (beta * 1000 / T).clamp(max=0.999)  # shorter chains need larger steps to destroy as much
 
-
 @schedule
 def quadratic(T):
     """√β_t evenly spaced, between the same ends as linear.  Tried by Ho et al. 2020, Sec. 4, and in their code."""
     beta = torch.cat([torch.zeros(1), torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2])
     return (beta * 1000 / T).clamp(max=0.999)
 
-
 @schedule
 def constant(T):
     """The same β at every t, with ᾱ_T = e^-10, so about 0.01 for T = 1000.  Tried by Ho et al. 2020, Sec. 4."""
     return from_alpha_bar(torch.exp(-10 * time(T)))
-
 
 @schedule
 def cosine(T):
@@ -70,13 +63,11 @@ def cosine(T):
     f = torch.cos(math.pi / 2 * (time(T) + 0.008) / 1.008) ** 2
     return from_alpha_bar(f / f[0])
 
-
 @schedule
 def sigmoid(T):
     """ᾱ_t falls as a sigmoid does from -3 to 3, stretched to start at 1 and end at 0.  Jabri et al. 2022, τ = 1."""
     v = torch.sigmoid(6 * time(T) - 3)
     return from_alpha_bar((v[-1] - v) / (v[-1] - v[0]))
-
 
 @schedule
 def geometric(T):
@@ -88,18 +79,15 @@ def geometric(T):
     sigma = torch.cat([torch.zeros(1), torch.logspace(math.log10(0.01), math.log10(50), T, dtype=torch.float64)])
     return from_alpha_bar(1 / (1 + sigma ** 2))
 
-
 @schedule
 def inverse(T):
     """β_t = 1 / (T - t + 1): each step erases the fraction 1/T of the signal, ᾱ_t = 1 - t/T.  Sohl-Dickstein et al. 2015,
     Sec. 2.4.1 (for binomial diffusion). β_T = 1 in the paper, 0.999 here, for a Gaussian needs β < 1."""
     return from_alpha_bar(1 - time(T))
 
-
 def like(c, x):
     """One coefficient per example (or one for all), cast and shaped to multiply x.  (B,) or () -> (B, 1, ..., 1)"""
     return c.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-
 
 class Schedule:
     """The tables of one schedule, indexed by the paper's t, and the two distributions of q that have closed forms.
@@ -148,7 +136,6 @@ class Schedule:
                     + like(alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar), xt) * xt)
         return mu_tilde, like(self.beta_tilde[t], xt)
 
-
 def make_schedule(name, T):
     """The Schedule called name (a key of SCHEDULES) with T steps. ValueError for another name or T < 1."""
     if name not in SCHEDULES:
@@ -157,9 +144,7 @@ def make_schedule(name, T):
         raise ValueError(f"T must be at least 1, not {T}")
     return Schedule(SCHEDULES[name](T))
 
-
 # ---------------------------------------------------------------- the first practical: what does a schedule do to data?
-
 
 def accuracy_at(s, t, train, test, rng):
     """Accuracy of the nearest neighbour on digits noised to step t, against √ᾱ_t x_0 of the clean training digits: the
@@ -167,7 +152,6 @@ def accuracy_at(s, t, train, test, rng):
     from sklearn.neighbors import KNeighborsClassifier
     xt = s.q_sample(test[0], t, torch.randn(test[0].shape, generator=rng, dtype=test[0].dtype))
     return KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * train[0], train[1]).score(xt, test[1])
-
 
 def main(args):
     """Draw schedules.png and destruction.png and measure how long structure lives; returns the numbers, by schedule."""
@@ -221,7 +205,6 @@ def main(args):
         print(f"{name:<12}{m['sqrt_alpha_bar_T']:>18.4f}{m['structure_share']:>38.2f}")
     return metrics
 
-
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Draw every noise schedule and what it does to data.")
     p.add_argument("--T", type=int, default=1000, help="number of diffusion steps (Ho et al. 2020: 1000)")
@@ -230,7 +213,6 @@ def get_args(argv=None):
     p.add_argument("--quick", action="store_true", help="fewer points on the accuracy curve")
     args = p.parse_args(argv)
     return args if args.T > 1 else p.error("--T must be at least 2")
-
 
 if __name__ == "__main__":
     main(get_args())
