@@ -4,10 +4,10 @@ The forward process adds Gaussian noise in T small steps, or in one jump (Ho et 
     q(x_t | x_{t-1}) = N(√(1 - β_t) x_{t-1}, β_t I),   t = 1..T
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1 - ᾱ_t) I),       α_t = 1 - β_t,  ᾱ_t = α_1 α_2 ... α_t
 
-The index is the papers' t. Tables have T + 1 entries, beta[0] = 0 and alpha_bar[0] = 1 (t = 0 is the data; it
-is never trained or sampled), so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last moment.
+The index is the papers' t. Tables have T + 1 entries, beta[0] = 0 and alpha_bar[0] = 1 (t = 0 is the data),
+so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last moment.
 
-    python schedules.py      # draws every schedule and what it does to data into runs/schedules, 6 s on two cores
+    python schedules.py           # draws every schedule and what it does to data, into runs/schedules
 
 Add your own: a function of T that returns beta, under @schedule, appears in these figures, in every script's
 --schedule and in the tests.
@@ -53,7 +53,7 @@ def quadratic(T):
 
 @schedule
 def constant(T):
-    """The same β at every t, about 0.01 for T = 1000, so that ᾱ_T = e^-10.  Tried by Ho et al. 2020, Sec. 4."""
+    """The same β at every t, 0.01 for T = 1000: ᾱ_t = e^(-10 t/T).  Tried by Ho et al. 2020, Sec. 4."""
     return from_alpha_bar(torch.exp(-10 * time(T)))
 
 @schedule
@@ -72,7 +72,7 @@ def sigmoid(T):
 def geometric(T):
     """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.
 
-    They add noise without shrinking the data, x_0 + σ_t z; dividing by √(1 + σ_t²) keeps the variance at 1, so
+    They add noise without shrinking the data, x_0 + σ_t z; divided by √(1 + σ_t²) the variance stays 1, and
     ᾱ_t = 1 / (1 + σ_t²). The top is 50 as in their paper of 2020: 2019's 1 leaves 0.71 of the signal."""
     sigma = torch.cat([torch.zeros(1), torch.logspace(-2, math.log10(50), T, dtype=torch.float64)])
     return from_alpha_bar(1 / (1 + sigma ** 2))
@@ -84,14 +84,14 @@ def inverse(T):
     return from_alpha_bar(1 - time(T))
 
 def like(c, x):
-    """Coefficients, one per example or one for all, cast and shaped to multiply x.  (B,) or () -> (B, 1, ..., 1)"""
+    """Coefficients, one per example or one for all, cast and shaped to multiply x.  (B,) -> (B, 1, ..., 1)"""
     return c.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 class Schedule:
     """The tables of one schedule, indexed by the paper's t, and the two distributions of q in closed form.
 
-    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: samplers start from N(0, I),
-    which is then not where the forward process ends (the usual cause: betas for T = 1000 used with a smaller T)."""
+    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: sampling starts from
+    N(0, I), which is then not where q ends (the usual cause: betas for T = 1000 with a smaller T)."""
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64)
@@ -105,8 +105,8 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
         left = self.alpha_bar[-1].sqrt().item()
         if left > 0.1:
-            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal at T = {self.T}, "
-                          "but sampling starts from pure noise", stacklevel=2)
+            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal, but sampling starts "
+                          "from pure noise", stacklevel=2)
 
     def to(self, device):
         """Move the tables. They stay float64, except on Apple's MPS, which has only float32."""
@@ -134,7 +134,7 @@ class Schedule:
         return mu_tilde, like(self.beta_tilde[t], xt)
 
 def make_schedule(name, T):
-    """The Schedule called name (a key of SCHEDULES) with T steps. ValueError for another name or T < 1."""
+    """The schedule of SCHEDULES called name, with T steps. ValueError for another name or T < 1."""
     if name not in SCHEDULES:
         raise ValueError(f"no schedule is called {name!r}; there are: {', '.join(SCHEDULES)}")
     if T < 1:
@@ -144,8 +144,8 @@ def make_schedule(name, T):
 # --------------------------------------------------- the first practical: what does a schedule do to data?
 
 def accuracy_at(s, t, train, test, eps):
-    """Accuracy of the nearest neighbour of digits noised to step t among √ᾱ_t x_0 of clean training digits: the
-    likeliest x_0, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  train, test: pairs (x (N, D), label (N,))"""
+    """Accuracy of the nearest neighbour of test digits at step t among √ᾱ_t x_0 of the training digits, which is
+    the likeliest, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  train, test: (x (N, D), labels (N,))"""
     from sklearn.neighbors import KNeighborsClassifier
     nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * train[0], train[1])
     return nearest.score(s.q_sample(test[0], t, eps), test[1])
@@ -162,7 +162,7 @@ def main(args):
     roll = torch.tensor(make_swiss_roll(2000, noise=0.02, random_state=args.seed)[0][:, [0, 2]])
     roll = (roll - roll.mean(0)) / roll.std(0)
     torch.manual_seed(args.seed)
-    eps, eps_roll = torch.randn_like(test[0]), torch.randn_like(roll)  # the same noise in every row and column
+    eps, eps_roll = torch.randn_like(test[0]), torch.randn_like(roll)  # the same noise for all
 
     all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
     ts = torch.linspace(0, args.T, min(args.T, 10 if args.quick else 50) + 1).round().long()
@@ -185,7 +185,7 @@ def main(args):
     fig.savefig(f"{args.out}/schedules.png", dpi=100)
 
     columns = torch.linspace(0, args.T, 7).round().long()
-    fig, axes = plt.subplots(len(all_s), 14, figsize=(14, 1.05 * len(all_s)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(all_s), 14, figsize=(14, 1.05 * len(all_s)), layout="constrained")
     for row, (name, s) in zip(axes, all_s.items()):
         for i, t in enumerate(columns):
             row[i].scatter(*s.q_sample(roll, t, eps_roll).T.numpy(), s=0.2, linewidths=0, c="k")
