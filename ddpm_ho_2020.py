@@ -254,8 +254,8 @@ def train_classifier(images, labels, steps, batch=128):
     """A small classifier of real images, in whose 64 features samples and real images are compared.
     uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head)"""
     features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(),
-                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                             nn.Dropout(0.2), nn.Linear(256, 64), nn.ReLU())
+                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                             nn.Dropout(0.2), nn.Linear(1024, 64), nn.ReLU())
     net = nn.Sequential(features, nn.Linear(64, int(labels.max()) + 1)).to(images.device)
     opt = torch.optim.Adam(net.parameters())
     for step in range(steps):
@@ -441,7 +441,7 @@ def draw_all(out, images, frames, real, losses):
 
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
     "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.0, flip=False,
-                   steps=2000, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250),
+                   steps=1700, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250),
     "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], dropout=0.0, flip=False,
                   steps=3600, lr=1e-3, warmup=200, ema=0.998, sampling_steps=100, batch=64),
 }

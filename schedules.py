@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 SCHEDULES = {}  # name -> function of T that gives beta: float64, (T+1,), beta[0] = 0, 0 < beta[1:] < 1
 
@@ -31,9 +32,7 @@ def schedule(f):
 
 def from_alpha_bar(alpha_bar):
     """β_t = 1 - ᾱ_t / ᾱ_{t-1}, at most 0.999 as Nichol & Dhariwal bound it.  ᾱ_0..ᾱ_T (T+1,) -> (T+1,)"""
-    beta = torch.zeros_like(alpha_bar)
-    beta[1:] = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    return beta
+    return F.pad((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999), (1, 0))  # β_0 = 0
 
 def time(T):
     """t/T for t = 0..T, float64, shape (T+1,)."""
@@ -42,14 +41,14 @@ def time(T):
 @schedule
 def linear(T):
     """β_t evenly spaced from 1e-4 to 0.02.  Ho et al. 2020, Sec. 4, for T = 1000; here times 1000/T."""
-    beta = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
-    return (beta * 1000 / T).clamp(max=0.999)  # shorter chains need larger steps to destroy as much
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # fewer steps must be larger
+    return F.pad(beta.clamp(max=0.999), (1, 0))  # β_0 = 0
 
 @schedule
 def quadratic(T):
     """√β_t evenly spaced, with the ends of linear.  Tried by Ho et al. 2020, Sec. 4."""
-    beta = torch.cat([torch.zeros(1), torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2])
-    return (beta * 1000 / T).clamp(max=0.999)
+    beta = torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2 * 1000 / T
+    return F.pad(beta.clamp(max=0.999), (1, 0))
 
 @schedule
 def constant(T):
@@ -74,7 +73,7 @@ def geometric(T):
 
     They add noise without shrinking the data, x_0 + σ_t z; divided by √(1 + σ_t²) the variance stays 1, and
     ᾱ_t = 1 / (1 + σ_t²). The top is 50 as in their paper of 2020: 2019's 1 leaves 0.71 of the signal."""
-    sigma = torch.cat([torch.zeros(1), torch.logspace(-2, math.log10(50), T, dtype=torch.float64)])
+    sigma = F.pad(torch.logspace(-2, math.log10(50), T, dtype=torch.float64), (1, 0))  # σ_0 = 0
     return from_alpha_bar(1 / (1 + sigma ** 2))
 
 @schedule
@@ -105,8 +104,8 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
         left = self.alpha_bar[-1].sqrt().item()
         if left > 0.1:
-            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal, but sampling starts "
-                          "from pure noise", stacklevel=2)
+            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal, but samplers "
+                          "start from pure noise", stacklevel=2)
 
     def to(self, device):
         """Move the tables. They stay float64, except on Apple's MPS, which has only float32."""
@@ -143,12 +142,12 @@ def make_schedule(name, T):
 
 # --------------------------------------------------- the first practical: what does a schedule do to data?
 
-def accuracy_at(s, t, train, test, eps):
-    """Accuracy of the nearest neighbour of test digits at step t among √ᾱ_t x_0 of the training digits, which is
-    the likeliest, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  train, test: (x (N, D), labels (N,))"""
+def accuracy_at(s, t, x, y, eps):
+    """Accuracy of the nearest neighbour of noised digits (the last 500) among √ᾱ_t x_0 of the clean others: the
+    likeliest, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  x (N, D), labels y (N,), eps (500, D)"""
     from sklearn.neighbors import KNeighborsClassifier
-    nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * train[0], train[1])
-    return nearest.score(s.q_sample(test[0], t, eps), test[1])
+    nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])
+    return nearest.score(s.q_sample(x[-500:], t, eps), y[-500:])
 
 def main(args):
     """Draw schedules.png and destruction.png, measure how long structure lives.  -> {schedule: numbers}"""
@@ -158,29 +157,26 @@ def main(args):
     from sklearn.datasets import load_digits, make_swiss_roll
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x) / 8 - 1  # grey levels 0..16 -> [-1, 1]
-    train, test = (x[:1297], y[:1297]), (x[1297:], y[1297:])
     roll = torch.tensor(make_swiss_roll(2000, noise=0.02, random_state=args.seed)[0][:, [0, 2]])
     roll = (roll - roll.mean(0)) / roll.std(0)
     torch.manual_seed(args.seed)
-    eps, eps_roll = torch.randn_like(test[0]), torch.randn_like(roll)  # the same noise for all
+    eps, eps_roll = torch.randn_like(x[-500:]), torch.randn_like(roll)  # the same noise for all
 
     all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
-    ts = torch.linspace(0, args.T, min(args.T, 10 if args.quick else 50) + 1).round().long()
-    accuracy = {name: [accuracy_at(s, t, train, test, eps) for t in ts] for name, s in all_s.items()}
-    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(),
-                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1)}
+    ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
+    accuracy = {name: [accuracy_at(s, t, x, y, eps) for t in ts] for name, s in all_s.items()}
+    lives = {name: sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1) for name in all_s}
+    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": lives[name]}
                for name, s in all_s.items()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     fig, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     for name, s in all_s.items():
-        u = time(args.T)[1:].numpy()
-        axes[0].semilogy(u, s.beta[1:].numpy(), label=name)
-        axes[1].plot(u, s.alpha_bar[1:].sqrt().numpy())
-        axes[2].plot(u, s.snr[1:].log().numpy())
+        for ax, table in zip(axes, (s.beta, s.alpha_bar.sqrt(), s.snr.log())):
+            ax.plot(time(args.T)[1:].numpy(), table[1:].numpy(), label=name)
         axes[3].plot((ts / args.T).numpy(), accuracy[name])
     for ax, title in zip(axes, ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")):
-        ax.set(title=title, xlabel="t/T")
+        ax.set(title=title, xlabel="t/T", yscale="log" if ax is axes[0] else "linear")
     axes[0].legend(fontsize=8)
     fig.savefig(f"{args.out}/schedules.png", dpi=100)
 
@@ -206,10 +202,9 @@ def main(args):
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Draw every noise schedule and what it does to data.")
-    p.add_argument("--T", type=int, default=1000, help="number of diffusion steps (Ho et al. 2020: 1000)")
+    p.add_argument("--T", type=int, default=1000, help="diffusion steps (Ho et al. 2020: 1000)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs/schedules", help="folder for the figures")
-    p.add_argument("--quick", action="store_true", help="fewer points on the accuracy curve")
     args = p.parse_args(argv)
     return args if args.T > 1 else p.error("--T must be at least 2")
 

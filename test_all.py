@@ -92,7 +92,7 @@ def test_first_practical(tmp_path, monkeypatch):
     @schedules.schedule
     def mine(T):
         return schedules.from_alpha_bar((1 - schedules.time(T)) ** 3)
-    m = schedules.main(schedules.get_args(["--quick", "--T", "20", "--out", str(tmp_path)]))
+    m = schedules.main(schedules.get_args(["--T", "20", "--out", str(tmp_path)]))
     assert "mine" in m and 0 < m["constant"]["structure_share"] < m["cosine"]["structure_share"] <= 1
     assert {p.name for p in tmp_path.iterdir()} == {"schedules.png", "destruction.png", "metrics.json"}
 
