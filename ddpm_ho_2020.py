@@ -3,12 +3,13 @@
 One idea: noise an image x_0 to x_t and train a network ε_θ(x_t, t) to say which noise ε was added; then start
 from pure noise x_T and take a little of the predicted noise away, T times. Equation numbers are the paper's.
 
-    python ddpm_ho_2020.py                             # 8x8 digits, no download: @@ on two CPU cores
-    python ddpm_ho_2020.py --dataset mnist             # 28x28 digits: @@ on two CPU cores
+    python ddpm_ho_2020.py                             # 8x8 digits, no download; then 28x28 ones
+    python ddpm_ho_2020.py --dataset mnist
     python ddpm_ho_2020.py --dataset mnist --resume --steps 20000                  # go on with that run
     python ddpm_ho_2020.py --checkpoint runs/ddpm_ho_2020-mnist/checkpoint.pt      # draw from it
 
-@@NUMBERS
+Expect of the first, on two CPU cores, seed 0: 160 s and 1.3 GB; a classifier is sure of 94 % of 1000 samples
+(of real digits 98 %), the rarest class is 8 % of them, their Fréchet distance is 1.8 times the floor.
 
 Differs from the paper:
   - Smaller networks and shorter training for digits and MNIST (PRESETS); the flags' defaults are the paper's.
@@ -229,10 +230,7 @@ def load_data(dataset, data_dir, download=True):
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
     from torchvision.datasets import MNIST
     try:
-        try:
-            sets = [MNIST(data_dir, train) for train in (True, False)]
-        except RuntimeError:  # not there
-            sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
+        sets = [MNIST(data_dir, train, download=download) for train in (True, False)]  # what is there stays
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
         raise OSError(f"MNIST was neither read nor downloaded ({type(e).__name__}). Put these, or .gz, in "
                       f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
@@ -287,8 +285,7 @@ def evaluate(samples, train, held_out, steps, seed):
             "confident_share": (p.amax(1) > 0.9).float().mean().item(),
             "confident_share_real": (p_held.amax(1) > 0.9).float().mean().item(),
             "rarest_class_share": p.argmax(1).bincount(minlength=p.shape[1]).min().item() / len(p),
-            "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item(),
-            "held_out": len(f_held)}
+            "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item()}
 
 # -------------------------------------------------------------------------------- sampling and training loops
 
@@ -296,9 +293,8 @@ def evaluate(samples, train, held_out, steps, seed):
 def sample(net, s, args, n, image_shape, bar=False):
     """n images from the seed's noise by args.sampler, uint8 (n, C, H, W); [(t, x_t, x̂_0)] of the first 16.
     Leaves the random state as it was, so that looking at samples in between does not change the training."""
-    device, frames, images, steps = s.beta.device, [], [], min(args.sampling_steps or s.T, s.T)
-    cuda = device.type == "cuda"
-    eps_theta, short = subchain(net, s, steps)
+    device, cuda, frames, images = s.beta.device, s.beta.is_cuda, [], []
+    eps_theta, short = subchain(net, s, steps := min(args.sampling_steps or s.T, s.T))
     with torch.random.fork_rng([device] * cuda), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
         torch.manual_seed(args.seed)
         for first in range(0, n, 250):
@@ -333,18 +329,17 @@ def train(args, net, ema, s, images, path, state):
         losses = torch.cat([state["losses"].to(device), losses[first:]])
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
+        if images.is_cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
 
     def save():
         if not losses[:step].isfinite().all():
-            fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
-                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint is saved yet"))
+            fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as last saved")
         state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
                  "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
                  "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
                  "optimizer": opt.state_dict(), "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+                 "cuda_rng": torch.cuda.get_rng_state(device) if images.is_cuda else None}
         torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
         os.replace(f"{path}.tmp", path)
         return state
@@ -360,7 +355,7 @@ def train(args, net, ema, s, images, path, state):
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         t = torch.randint(1, s.T + 1, (len(x0),), device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=images.is_cuda):
             loss = l_simple(net, s, x0, t, torch.randn_like(x0))
         opt.zero_grad()
         loss.backward()
@@ -373,15 +368,11 @@ def train(args, net, ema, s, images, path, state):
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-            if not losses[step - 50:step].isfinite().all():
-                save()  # which refuses, and ends the run
         if step in milestones:
-            few = {"sampler": "ddim", "sampling_steps": min(50, args.sampling_steps or s.T)}
-            few = argparse.Namespace(**{**vars(args), **few})
-            snapshots[step] = sample(ema, s, few, 16, images.shape[1:])[0].cpu()
+            snapshots[step] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
             draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
         if time.time() - saved > 60:
-            save()
+            save()  # or end, if the loss is not finite
             saved = time.time()
     bar.close()
     signal.signal(signal.SIGINT, handler)
@@ -408,7 +399,7 @@ def draw_rows(path, rows, columns=()):
     if columns:
         axes[0, 0].xaxis.tick_top()
         axes[0, 0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(fig)
 
 def draw_all(out, images, frames, real, losses):
@@ -418,15 +409,14 @@ def draw_all(out, images, frames, real, losses):
     rows = {} if real is None else {"data": real[:min(16, len(images))]}
     first = images[:64 if len(images) >= 64 else 16].split(16)
     draw_rows(out / "samples.png", rows | {" " * i or "samples": row for i, row in enumerate(first)})
-    T = frames[0][0]
-    ts = [T * u for u in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05, .02, 0)]
+    ts = [frames[0][0] * u for u in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05, .02, 0)]
     columns = [min(frames, key=lambda f: abs(f[0] - t)) for t in ts]
     rows = {name + " " * k: to_uint8(torch.stack([c[i][k] for c in columns]))
             for k in range(min(3, len(images))) for i, name in ((1, "x_t"), (2, "x̂_0"))}
     draw_rows(out / "progressive.png", rows, [f"t={t}" for t, _, _ in columns])
+    frames = frames[::-1][::len(frames) // 40 + 1][::-1]  # some 30 of them, the last included
     gif = [make_grid(to_uint8(xt), 4).permute(1, 2, 0).cpu().numpy() for _, xt, _ in frames]
     gif = [Image.fromarray(a).resize((256, 256 * a.shape[0] // a.shape[1]), Image.NEAREST) for a in gif]
-    gif = gif[::-1][::len(gif) // 40 + 1][::-1]  # some 30 of them, the last included
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
     import matplotlib.pyplot as plt
     k = max(1, len(losses) // 100)  # the mean of each hundredth of the run
@@ -482,19 +472,19 @@ def get_args(argv=None):
     p.add_argument("--num-samples", type=int, default=1000, help="(paper: 50000); 64 with --checkpoint")
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
-    name = f"runs/ddpm_ho_2020-{args.dataset}"
     if args.checkpoint or args.resume:
-        config = load_checkpoint(args.checkpoint or Path(args.out or name, "checkpoint.pt"))["config"]
-        p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
-        p.set_defaults(num_samples=64 if args.checkpoint else 1000)
+        out = args.out or f"runs/ddpm_ho_2020-{args.dataset}"
+        config = load_checkpoint(args.checkpoint or f"{out}/checkpoint.pt")["config"]
+        config = {k: v for k, v in config.items() if k not in OF_THE_RUN}
+        p.set_defaults(**config, num_samples=64 if args.checkpoint else 1000)
     else:
         p.set_defaults(**PRESETS[args.dataset])
     if args.quick:
         p.set_defaults(**QUICK)
     args = p.parse_args(argv)
     args.out = args.out or f"runs/ddpm_ho_2020-{args.dataset}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else
-                                  "mps" if torch.backends.mps.is_available() else "cpu")
+    mps = torch.backends.mps.is_available()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
@@ -544,7 +534,6 @@ def main(args):
                "params": sum(p.numel() for p in net.parameters()),
                "loss": losses[-max(1, len(losses) // 20):].mean().item(), "seconds_train": state["seconds"],
                "images_per_second": state["step"] * state["config"]["batch"] / state["seconds"],
-               "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": len(images),
                "seconds_sample": time.time() - drawn}
     if real and len(images) > 64:  # the covariance of 64 features needs more samples than that
         metrics |= evaluate(images, *real, min(1000, args.steps), args.seed)
@@ -552,9 +541,8 @@ def main(args):
     draw_all(out, images, frames, real and real[0][0], losses)
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    for name, value in metrics.items():
-        if name != "config":
-            print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
+    for name, value in list(metrics.items())[:-1]:
+        print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
     print(f"figures in {out}: samples.png, progressive.png, reverse.gif, training.png, loss.png")
     return metrics
 
