@@ -144,7 +144,7 @@ def make_schedule(name, T):
 
 def accuracy_at(s, t, x, y, eps):
     """Accuracy of the nearest neighbour of the last 500 digits, noised, among √ᾱ_t x_0 of the others: the x_0
-    that maximises log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / 2(1 - ᾱ_t) + const.  x (N, D), y (N,), eps (500, D)"""
+    that maximises log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / 2(1 - ᾱ_t) + c.  x (N, D), y (N,), eps (500, D)"""
     from sklearn.neighbors import KNeighborsClassifier
     nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])
     return nearest.score(s.q_sample(x[-500:], t, eps), y[-500:])
