@@ -1,0 +1,687 @@
+"""Classifier-Free Diffusion Guidance.  Ho & Salimans 2022, arXiv 2207.12598.
+
+One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
+predictions points towards "more like class y", and w says how far to follow it. Equation numbers are the paper's.
+
+    python ddpm_conditional_cfg.py                                # 8x8 digits, sweep over w: @@ on two CPU cores
+    python ddpm_conditional_cfg.py --dataset mnist --guidance free                 # 28x28 digits
+    python ddpm_conditional_cfg.py --resume --steps 4000                           # go on with that run
+    python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --classes 3,7 --w 2
+
+@@NUMBERS
+
+Differs from the paper:
+  - Ho et al. 2020's discrete t and schedule, where the paper draws a continuous log-SNR λ and predicts ε(z_λ, c);
+    x_t, y, ∅, ε_θ(x_t, t, y) are the paper's z_λ, c, ∅, ε_θ(z_λ, c), and t is drawn, as λ there, for each example.
+  - The sweep is drawn by DDIM in fewer than T steps (--sampler ddpm is nearer to the paper's Algorithm 2).
+  - x̂_0 is clipped to [-1, 1] in sampling, the EMA is warmed up: as in ddpm_ho_2020.py, and for its reasons.
+  - Neither FID nor Inception Score, whose network has to be downloaded: the Fréchet distance and exp E KL are
+    taken from a small classifier trained here. Compare them with the floor beside them and across w, not with FID.
+
+Shapes: B batch, C channels, H height, W width, D embedding, K classes.
+"""
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from schedules import SCHEDULES, Schedule, like, make_schedule
+
+# ------------------------------------------------------------------ Sec. 3.2: the loss and the two ways to guide
+
+def drop_labels(y, null, p_uncond):
+    """Line 3 of Algorithm 1: y becomes ∅ with probability p_uncond, for each example on its own.  (B,) -> (B,)"""
+    return torch.where(torch.rand(len(y), device=y.device) < p_uncond, null, y)
+
+def l_cfg(eps_theta, s, x0, y, t, eps):
+    """E |ε - ε_θ(√ᾱ_t x_0 + √(1 - ᾱ_t) ε, t, y)|², per dimension, where some y are ∅.  Algorithm 1, Eq. (5).
+
+    x0 (B, C, H, W) in [-1, 1];  y, t (B,), t from 1..T;  eps like x0, drawn from N(0, I).  -> ()"""
+    return F.mse_loss(eps_theta(s.q_sample(x0, t, eps), t, y), eps)
+
+def check_labels(y, null):
+    """ValueError unless all y are in 0..null-1. On a GPU a wrong row of an embedding would end the process."""
+    if not ((y >= 0) & (y < null)).all():
+        raise ValueError(f"labels must be in 0..{null - 1}, not {y[(y < 0) | (y >= null)][0]}")
+
+def guided(eps_theta, y, null, w):
+    """ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).  -> callable (x, t), as a sampler takes it.
+
+    w = 0 is the conditional model and w = -1 the unconditional one, each in one evaluation instead of two. Much
+    other code calls 1 + w the scale.   y (B,) in 0..null-1, else ValueError."""
+    check_labels(y, null)
+    if w in (0, -1):
+        return lambda x, t: eps_theta(x, t, torch.full_like(y, null) if w else y)
+
+    def eps_tilde(x, t):
+        both = torch.cat([y, torch.full_like(y, null)])  # one batch of 2B
+        eps_hat, eps_null = eps_theta(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return (1 + w) * eps_hat - w * eps_null
+    return eps_tilde
+
+def classifier_guided(eps_theta, classifier, s, y, null, w):
+    """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇_x log p(y | x_t).  Dhariwal & Nichol 2021, Algorithm 2.
+
+    In scores, ∇ log p(x_t) = -ε / √(1 - ᾱ_t): ∇ log p(x_t) + (1 + w) ∇ log p(y | x_t), which for exact models is
+    that of guided(), by Bayes' rule; so their scale is 1 + w (Sec. 3.1), and w = -1 asks no classifier. In an
+    unclipped DDPM step this shifts μ_θ by (1 + w) β_t / √α_t ∇ log p, their Algorithm 1's s Σ ∇ log p but for √α_t.
+    classifier: any callable (x, t) -> logits (B, K), differentiable in x.   -> callable (x, t)"""
+    check_labels(y, null)
+    unconditional = guided(eps_theta, y, null, -1)
+
+    def eps_tilde(x, t):
+        with torch.enable_grad():
+            x_in = x.detach().requires_grad_()
+            log_p = classifier(x_in, t).log_softmax(1)[torch.arange(len(y)), y]  # (B,)
+            gradient, = torch.autograd.grad(log_p.sum(), x_in)
+        return unconditional(x, t) - (1 + w) * like((1 - s.alpha_bar[t]).sqrt(), x) * gradient
+    return unconditional if w == -1 else eps_tilde
+
+# ------------------------------------------------------------------- the samplers, which know nothing of labels
+
+# Copied from ddpm_ho_2020.py
+
+def predict_x0(s, xt, t, eps_hat, clip=True):
+    """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).  Near t = T this divides by almost 0, so a small error
+    of ε̂ throws x̂_0 far out of the data's range, and sampling does not come back: hence the clip."""
+    alpha_bar = s.alpha_bar[t]
+    x0_hat = (xt - like((1 - alpha_bar).sqrt(), xt) * eps_hat) / like(alpha_bar.sqrt(), xt)
+    return x0_hat.clamp(-1, 1) if clip else x0_hat
+
+def ddpm_sample(eps_theta, s, x, variance="beta", clip=True):
+    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I).  Yields (t, x_t, x̂_0) for t = T-1..0.
+
+    μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
+    σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
+    eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
+    for t in range(s.T, 0, -1):
+        eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = predict_x0(s, x, t, eps_hat, clip)
+        mu_theta, beta_tilde = s.q_posterior(x0_hat, x, t)
+        sigma2 = like(s.beta[t], x) if variance == "beta" else beta_tilde
+        z = torch.randn_like(x) if t > 1 else torch.zeros_like(x)  # the last step adds no noise
+        x = mu_theta + sigma2.sqrt() * z
+        yield t - 1, x, x0_hat
+
+def ddim_sample(eps_theta, s, x, clip=True):
+    """DDIM: the same ε_θ, no noise.  Song, Meng & Ermon 2020, Eq. (12), σ = 0.  Yields as ddpm_sample does.
+
+    x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂"""
+    for t in range(s.T, 0, -1):
+        alpha_bar, alpha_bar_prev = s.alpha_bar[t], s.alpha_bar[t - 1]
+        eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = predict_x0(s, x, t, eps_hat, clip)
+        # Clipping changed x̂_0; the ε̂ that goes with it solves Eq. (4) again.
+        eps_hat = (x - like(alpha_bar.sqrt(), x) * x0_hat) / like((1 - alpha_bar).sqrt(), x)
+        x = like(alpha_bar_prev.sqrt(), x) * x0_hat + like((1 - alpha_bar_prev).sqrt(), x) * eps_hat
+        yield t - 1, x, x0_hat
+
+def subchain(eps_theta, s, steps):
+    """The forward process seen at only `steps` of its T times: a chain of its own, whose i = 1..steps stand
+    for t = grid[i], the last of them T, and which a sampler takes as it takes the whole one.
+    -> (its eps_theta, its Schedule)"""
+    grid = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
+    alpha_bar = s.alpha_bar[grid]
+    beta = torch.cat([alpha_bar[:1] * 0, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-12)])
+    return (lambda x, i: eps_theta(x, grid[i])), Schedule(beta.cpu()).to(s.beta.device)
+
+# ----------------------------------------------------------------- the U-Net, its conditional form, a classifier
+
+# Copied from ddpm_ho_2020.py
+
+def norm(C):
+    """GroupNorm; 32 groups from 128 channels on, as in the paper, and groups of at least four below."""
+    return nn.GroupNorm(math.gcd(32, C // 4), C)
+
+def conv3(C_in, C_out, stride=1):
+    return nn.Conv2d(C_in, C_out, 3, stride, padding=1)
+
+def time_embedding(t, D):
+    """sin and cos of t at D/2 frequencies, 1 down to 1/10000, evenly spaced in the exponent (Vaswani et al.
+    2017).  (B,) -> (B, D)"""
+    frequency = 10000 ** -torch.linspace(0, 1, D // 2, device=t.device)
+    angle = t[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+class ResBlock(nn.Module):
+    """h + conv(conv(h) + embedding of t), where each conv means GroupNorm, Swish, 3x3 convolution.
+    h (B, C_in, H, W), emb (B, D) or None -> (B, C_out, H, W)"""
+
+    def __init__(self, C_in, C_out, D, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(C_in), conv3(C_in, C_out)
+        self.embed = nn.Linear(D, C_out) if D else None
+        self.norm2, self.dropout, self.out = norm(C_out), nn.Dropout(dropout), conv3(C_out, C_out)
+        self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
+
+    def forward(self, h, emb):
+        r = self.conv1(F.silu(self.norm1(h)))
+        if emb is not None:
+            r = r + self.embed(F.silu(emb))[:, :, None, None]
+        return self.skip(h) + self.out(self.dropout(F.silu(self.norm2(r))))
+
+class Attention(nn.Module):
+    """Self-attention among the pixels of a feature map, one head, a residual.  (B, C, H, W) -> the same"""
+
+    def __init__(self, C):
+        super().__init__()
+        self.norm, self.qkv, self.out = norm(C), nn.Conv2d(C, 3 * C, 1), nn.Conv2d(C, C, 1)
+
+    def forward(self, h):
+        q, k, v = self.qkv(self.norm(h)).flatten(2).transpose(1, 2).chunk(3, -1)  # each (B, H W, C)
+        r = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v
+        return h + self.out(r.transpose(1, 2).reshape(h.shape))
+
+class Block(nn.Sequential):
+    """Layers in a row, of which the residual blocks are also given the embedding."""
+
+    def forward(self, h, emb):
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W).  ValueError if image_shape cannot be halved so often.
+
+    Level i works at 1/2^i of the image's size with channels * multipliers[i] channels. It has `blocks`
+    residual blocks on the way down and one more on the way up, each of which is also given a map of the way
+    down (the skip connections). Attention follows every block of the levels whose shorter side it names."""
+
+    def __init__(self, image_shape, channels, multipliers, blocks, attention, dropout, time_embedding=True):
+        super().__init__()
+        C, H, W = image_shape
+        factor = 2 ** (len(multipliers) - 1)
+        if H % factor or W % factor:
+            raise ValueError(f"images of {H}x{W} do not fit: a network of {len(multipliers)} --multipliers needs "
+                             f"a height and width that {factor} divides")
+        D = 4 * channels if time_embedding else 0
+        self.channels, widths = channels, [channels * m for m in multipliers]
+        self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D)) if D else None
+
+        def block(C_in, C_out, level):
+            attend = min(H, W) >> level in attention
+            return Block(ResBlock(C_in, C_out, D, dropout), *[Attention(C_out)] * attend)
+
+        self.conv_in, h, skips = conv3(C, channels), channels, [channels]  # h: channels so far
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level:
+                self.down.append(Block(conv3(h, h, stride=2)))
+                skips.append(h)
+            for _ in range(blocks):
+                self.down.append(block(h, width, level))
+                skips.append(h := width)
+        self.middle = Block(ResBlock(h, h, D, dropout), Attention(h), ResBlock(h, h, D, dropout))
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                self.up.append(block(h + skips.pop(), width, level))
+                h = width
+            if level:
+                self.up[-1].extend([nn.Upsample(scale_factor=2), conv3(h, h)])
+        self.out = nn.Sequential(norm(h), nn.SiLU(), conv3(h, C))
+
+        for m in self.modules():  # the authors' initialisation: variance 2 / (fan_in + fan_out), biases 0 ...
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for m in self.modules():  # ... and every residual branch starts at 0
+            if isinstance(m, ResBlock | Attention):
+                nn.init.zeros_(m.out.weight)
+        nn.init.zeros_(self.out[-1].weight)
+
+    def forward(self, x, t):
+        emb = self.embed(time_embedding(t, self.channels)) if self.embed else None  # (B, D)
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle(h, emb)
+        for block in self.up:
+            h = block(torch.cat([h, skips.pop()], 1), emb)
+        return self.out(h).to(x.dtype)  # bfloat16 under autocast, where the process stays in float32
+
+# What this paper adds.
+
+class ConditionalUNet(UNet):
+    """ε_θ(x_t, t, y): the same U-Net; the embedding of y is added to that of t and goes wherever that goes.
+    (B, C, H, W), (B,), (B,) in 0..K -> (B, C, H, W).  Row K of the table is the null token ∅."""
+
+    def __init__(self, classes, *shape):
+        super().__init__(*shape)
+        self.label = nn.Embedding(classes + 1, self.embed[-1].out_features)
+
+    def forward(self, x, t, y):
+        with self.embed.register_forward_hook(lambda module, inputs, emb: emb + self.label(y)):
+            return super().forward(x, t)
+
+class NoisyClassifier(UNet):
+    """p(y | x_t): the way down of the U-Net, a mean over pixels, a linear layer; it has to see noise of all sizes
+    and is told t. Dhariwal & Nichol 2021, Sec. 4.  (B, C, H, W), (B,) -> logits (B, K)"""
+
+    def __init__(self, classes, *shape):
+        super().__init__(*shape)
+        self.head = nn.Linear(self.out[0].num_channels * shape[2][-1], classes)
+        del self.up, self.out
+
+    def forward(self, x, t):
+        emb, h = self.embed(time_embedding(t, self.channels)), self.conv_in(x)
+        for block in self.down:
+            h = block(h, emb)
+        return self.head(self.middle(h, emb).mean((2, 3))).float()
+
+def make_eps_theta(args, image_shape, classes=10):
+    """The network that args describe, for images of shape (C, H, W).  ValueError if the size does not fit."""
+    net = ConditionalUNet(classes, image_shape, args.channels, args.multipliers, args.blocks, args.attention, 0.0)
+    return net.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, more on a GPU
+
+def make_guide(args, image_shape, classes=10):
+    """The classifier of noised images, half as wide as the network that it steers."""
+    return NoisyClassifier(classes, image_shape, args.channels // 2, args.multipliers, args.blocks, [], 0.1)
+
+# ------------------------------------------------------------------------------------------------------- data
+
+# Copied from ddpm_ho_2020.py
+
+def fail(message):
+    """End the run on a user's mistake: one line, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+def load_data(dataset, data_dir, download=True):
+    """-> (images, labels) to train on and (images, labels) held out, uint8 (N, C, H, W) and int64 (N,).
+    OSError if not to be had. The set is one tensor, so that a batch is an index and needs no loader."""
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+        x, y = load_digits(return_X_y=True)
+        x, y = torch.tensor(x * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8), torch.tensor(y)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
+        return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
+    from torchvision.datasets import MNIST
+    try:
+        try:
+            sets = [MNIST(data_dir, train) for train in (True, False)]
+        except RuntimeError:  # not there
+            sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
+    except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
+        raise OSError(f"MNIST could not be read or downloaded ({type(e).__name__}). Put these, or each as .gz, into "
+                      f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
+                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST with "
+                      "--data-dir. --dataset digits needs no download") from e
+    return tuple((d.data[:, None], d.targets) for d in sets)
+
+def to_float(images):
+    """uint8 0..255 -> float32 [-1, 1].  Sec. 3.3."""
+    return images.float() / 127.5 - 1
+
+def to_uint8(x):
+    """[-1, 1] -> uint8 0..255, rounded."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+# ------------------------------------------------------------------------------ evaluation, without downloads
+
+# Copied from ddpm_ho_2020.py
+
+def train_classifier(images, labels, steps, batch=128):
+    """A small classifier of real images.  uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head); its 64
+    features are where samples and real images are compared."""
+    features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(),
+                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                             nn.Dropout(0.2), nn.Linear(256, 64), nn.ReLU())
+    net = nn.Sequential(features, nn.Linear(64, int(labels.max()) + 1)).to(images.device)
+    opt = torch.optim.Adam(net.parameters())
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        i = torch.randint(len(images), (batch,), device=images.device)
+        loss = F.cross_entropy(net(to_float(images[i])), labels[i])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return net.eval().requires_grad_(False)
+
+def frechet_distance(a, b):
+    """|m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½) for the means m and covariances S of two sets of features.
+    (N, D), (M, D) -> float"""
+    a, b = a.double().cpu(), b.double().cpu()
+    S_a, S_b = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # the trace of the root
+    return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
+
+# Own again.
+
+def evaluate(images, y, net, f_held):
+    """Samples drawn for labels y, by a classifier of clean images.  uint8 (N, C, H, W), (N,), (M, 64) -> dict
+
+    classifier_score = exp E KL(p(y | x) || p(y)), the Inception Score's formula with this classifier: 1 .. K."""
+    f = torch.cat([net[0](to_float(x)) for x in images.split(500)])
+    log_p = net[1](f).double().log_softmax(1)
+    kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
+    return {"frechet": frechet_distance(f, f_held), "classifier_score": kl.mean().exp().item(),
+            "label_accuracy": (log_p.argmax(1) == y).float().mean().item()}
+
+# -------------------------------------------------------------------------------- sampling and training loops
+
+@torch.no_grad()
+def sample(net, guide, s, args, y, w, image_shape):
+    """One image for each label of y by Algorithm 2: uint8 (N, C, H, W). The seed's noise whatever w is, so that
+    images of two w can be held side by side. guide: a NoisyClassifier, or None for classifier-free guidance."""
+    device, images, steps = s.beta.device, [], min(args.sampling_steps or s.T, s.T)
+    torch.manual_seed(args.seed)
+    for part in y.split(250):
+        eps_tilde = (guided(net, part, net.label.num_embeddings - 1, w) if guide is None else
+                     classifier_guided(net, guide, s, part, net.label.num_embeddings - 1, w))
+        eps_tilde, short = subchain(eps_tilde, s, steps)
+        x = torch.randn(len(part), *image_shape, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            chain = (ddim_sample if args.sampler == "ddim" else ddpm_sample)(eps_tilde, short, x)
+            for _, x, _ in tqdm(chain, f"w = {w:g}, {len(images) * 250 + len(part)}/{len(y)}", steps, leave=False):
+                pass
+        images.append(to_uint8(x))
+    return torch.cat(images)
+
+# Copied from ddpm_ho_2020.py
+
+def load_checkpoint(path):
+    """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}")
+    except Exception as e:
+        fail(f"{path} cannot be read: truncated, or not a checkpoint ({type(e).__name__})")
+    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
+        fail(f"{path} is not a checkpoint of {Path(__file__).name}")
+    return state
+
+def write_checkpoint(state, path):
+    torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+    os.replace(f"{path}.tmp", path)
+
+def train(args, net, ema, s, images, labels, path, state):
+    """Algorithm 1, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step at hand.
+    Saves to path each minute and at the end, and returns what it saved."""
+    device, opt, null = images.device, torch.optim.Adam(net.parameters(), args.lr), int(labels.max()) + 1
+    first, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=device)
+    if state:  # which holds all that the next step depends on
+        first, seconds = state["step"], state["seconds"]
+        losses = torch.cat([state["losses"].to(device), losses[first:]])
+        opt.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+    def save():
+        if not losses[:step].isfinite().all():
+            fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
+                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint was saved yet"))
+        state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
+                 "classes": null, "guide": None, "step": step, "seconds": seconds + time.time() - start,
+                 "losses": losses[:step].cpu(), "net": net.state_dict(), "ema": ema.state_dict(),
+                 "optimizer": opt.state_dict(), "rng": torch.get_rng_state(),
+                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+        write_checkpoint(state, path)
+        return state
+
+    stop, start, saved, step = [], time.time(), time.time(), first
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    bar = tqdm(total=args.steps, desc="training", initial=first, mininterval=1)
+    while step < args.steps and not stop:
+        for group in opt.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+        i = torch.randint(len(images), (args.batch,), device=device)
+        x0, y = to_float(images[i]), drop_labels(labels[i], null, args.p_uncond)
+        t = torch.randint(1, s.T + 1, (len(x0),), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = l_cfg(net, s, x0, y, t, torch.randn_like(x0))
+        opt.zero_grad()
+        loss.backward()
+        size = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
+        losses[step] = loss.detach() + 0 * size  # so that it is not finite if the gradient is not
+        step += 1
+        bar.update()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
+        if time.time() - saved > 60 or not losses[max(0, step - 50):step].isfinite().all():
+            save()  # which refuses a loss that is not finite, and ends the run
+            saved = time.time()
+    bar.close()
+    signal.signal(signal.SIGINT, handler)
+    if stop:
+        print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
+    return save()
+
+def train_guide(args, net, s, images, labels):
+    """-E log p(y | x_t) over all t: what classifier guidance needs besides the diffusion model."""
+    torch.manual_seed(args.seed)
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    for step in tqdm(range(args.guide_steps), "training the noisy classifier", mininterval=1):
+        opt.param_groups[0]["lr"] = 2e-3 * (1 - step / args.guide_steps)
+        i = torch.randint(len(images), (args.batch,), device=images.device)
+        t, x0 = torch.randint(1, s.T + 1, (args.batch,), device=images.device), to_float(images[i])
+        loss = F.cross_entropy(net(s.q_sample(x0, t, torch.randn_like(x0)), t), labels[i])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+# Copied from ddpm_ho_2020.py
+
+def draw_rows(path, rows, columns=()):
+    """Images as a table. rows: {label: uint8 (n, C, H, W)}; columns: labels above the first row."""
+    import matplotlib
+    matplotlib.use("Agg")  # draws to files; no screen needed
+    import matplotlib.pyplot as plt
+    n, C, H, W = next(iter(rows.values())).shape
+    fig, axes = plt.subplots(len(rows), 1, squeeze=False, layout="constrained",
+                             figsize=(1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W))
+    for ax, (label, x) in zip(axes[:, 0], rows.items()):
+        strip = F.pad(x.cpu(), (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).reshape(H + 2, -1, C)
+        ax.imshow(strip.expand(-1, -1, 3))
+        ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center")
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    if columns:
+        axes[0, 0].xaxis.tick_top()
+        axes[0, 0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+def draw_tradeoff(path, sweeps, floor):
+    """Fréchet distance against classifier score, one curve a kind of guidance, as the paper's Fig. 4."""
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for kind, sweep in sweeps.items():
+        sweep = sorted(sweep, key=lambda row: row["w"])
+        score, frechet = [row["classifier_score"] for row in sweep], [row["frechet"] for row in sweep]
+        ax.plot(score, frechet, "o-", label={"free": "classifier-free"}.get(kind, kind))
+        for row in sweep:
+            ax.annotate(f"w = {row['w']:g}", (row["classifier_score"], row["frechet"]), fontsize=7,
+                        xytext=(4, 4), textcoords="offset points")
+    ax.axhline(floor, color="gray", linestyle=":", label="real images")
+    ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance")
+    ax.legend()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+# ------------------------------------------------------------------------------------------------------- main
+
+PRESETS = {
+    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], steps=2000, lr=2e-3, warmup=100,
+                   classifier_steps=600, guide_steps=600),
+    "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], steps=3600, lr=1e-3, warmup=200,
+                  batch=64, classifier_steps=1000, guide_steps=1000),
+}
+QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5, warmup=10, classifier_steps=30, guide_steps=10)
+OF_THE_RUN = ("checkpoint", "resume", "out", "device", "data_dir", "seed", "quick", "num_samples", "classes", "w")
+
+def numbers(text):
+    return [int(c) for c in text.split(",")]
+
+def get_args(argv=None):
+    """Flags, over the config in a checkpoint or else the dataset's preset."""
+    p = argparse.ArgumentParser(description="Classifier-free guidance (Ho & Salimans 2022).",
+                                epilog="Each --dataset has a preset that replaces some of these defaults.")
+    p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
+    p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
+    p.add_argument("--out", help="folder for all that is written; default runs/ddpm_conditional_cfg-<dataset>")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
+    p.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--T", type=int, default=1000, help="diffusion steps (paper: continuous time)")
+    p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: cosine)")
+    p.add_argument("--p-uncond", type=float, default=0.1, help="share of labels dropped (paper: 0.1, 0.2 or 0.5)")
+    p.add_argument("--steps", type=int, help="training steps")
+    p.add_argument("--batch", type=int, default=128, help="images a training step")
+    p.add_argument("--lr", type=float, help="Adam's learning rate")
+    p.add_argument("--warmup", type=int, help="steps to the full --lr")
+    p.add_argument("--ema", type=float, default=0.998, help="decay of the weights' moving average")
+    p.add_argument("--channels", type=int, help="width of the network's first level")
+    p.add_argument("--guidance", nargs="+", choices=["free", "classifier"], default=["free", "classifier"])
+    p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.5, 1, 2, 4], help="weights, as in Eq. (6)")
+    p.add_argument("--classes", type=numbers, help="labels to draw, as 3,7 (default: all, in equal shares)")
+    p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim", help="ddpm: Algorithm 2")
+    p.add_argument("--sampling-steps", type=int, default=50, help="steps of the sampler (paper: 128 to 1024)")
+    p.add_argument("--num-samples", type=int, default=1000, help="for each w (paper: 50000); 64 with --checkpoint")
+    p.add_argument("--classifier-steps", type=int, help="to train the evaluation's classifier")
+    p.add_argument("--guide-steps", type=int, help="to train the classifier that guides")
+
+    args = p.parse_args(argv)  # a first look, to see whose defaults to take
+    name = f"runs/ddpm_conditional_cfg-{args.dataset}"
+    if args.checkpoint or args.resume:
+        config = load_checkpoint(args.checkpoint or Path(args.out or name, "checkpoint.pt"))["config"]
+        p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
+        p.set_defaults(num_samples=64 if args.checkpoint else 1000)
+    else:
+        p.set_defaults(**PRESETS[args.dataset])
+    if args.quick:
+        p.set_defaults(**QUICK)
+    args = p.parse_args(argv)
+    args.out = args.out or f"runs/ddpm_conditional_cfg-{args.dataset}"
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else
+                                  "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
+    for name in "T steps batch warmup num_samples sampling_steps classifier_steps guide_steps".split():
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.channels < 8 or args.channels % 8:
+        p.error("--channels must be a multiple of 8")
+    if not 0 < args.p_uncond < 1:
+        p.error("--p-uncond must be between 0 and 1: both the labels and the null token need training")
+    return args
+
+def main(args):
+    """Train (or load), sweep over w, evaluate, draw; writes it all into args.out and returns the numbers."""
+    start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
+    state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
+        real = [[v.to(args.device) for v in pair] for pair in sets]  # each pair: images, labels
+    except OSError as e:
+        if not args.checkpoint:  # which is all that sampling needs
+            fail(e)
+    shape = state["image_shape"] if state else list(real[0][0].shape[1:])
+    null = state["classes"] if state else int(real[0][1].max()) + 1
+    classes = args.classes or list(range(null))
+    y = torch.tensor((classes * args.num_samples)[:args.num_samples])
+
+    torch.manual_seed(args.seed)
+    try:
+        check_labels(y, null)
+        y = y.to(args.device)
+        net = make_eps_theta(args, shape, null).to(args.device)
+        ema = copy.deepcopy(net).requires_grad_(False).eval()
+        if state:
+            net.load_state_dict(state["net"])
+            ema.load_state_dict(state["ema"])
+    except ValueError as e:
+        fail(e)
+    except RuntimeError as e:
+        fail(f"the checkpoint's network has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
+    s = make_schedule(args.schedule, args.T).to(args.device)
+    if not state and path.exists():
+        kept = next(p for p in (out / f"checkpoint-{i}.pt" for i in itertools.count(1)) if not p.exists())
+        print(f"{path} is of an earlier run: moved to {kept.name}")
+        path.rename(kept)
+    if not args.checkpoint:
+        state = train(args, net, ema, s, *real[0], path, state)
+
+    metrics = {"script": "ddpm_conditional_cfg", "dataset": args.dataset, "seed": args.seed, "device": args.device,
+               "torch": torch.__version__, "steps": state["step"], "params": sum(p.numel() for p in net.parameters()),
+               "loss": state["losses"][-100:].mean().item(), "seconds_train": state["seconds"],
+               "images_per_second": state["step"] * state["config"]["batch"] / state["seconds"],
+               "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": len(y)}
+    guides = {"free": None, "classifier": make_guide(args, shape, null).to(args.device)}
+    if "classifier" in args.guidance:
+        if state["guide"] is not None:
+            guides["classifier"].load_state_dict(state["guide"])
+        elif real is None:
+            fail("this checkpoint has no noisy classifier, and training one needs the data: see --data-dir")
+        else:
+            clock = time.time()
+            train_guide(args, guides["classifier"], s, *real[0])
+            metrics |= {"seconds_train_guide": time.time() - clock}
+            state["guide"] = guides["classifier"].state_dict()
+            if not args.checkpoint:
+                write_checkpoint(state, path)
+        guides["classifier"].eval().requires_grad_(False)
+
+    judged = real is not None and len(y) > 64  # the covariance of 64 features needs more samples than that
+    if judged:
+        torch.manual_seed(args.seed)  # the same classifier for every run on this data, so that numbers compare
+        judge = train_classifier(*real[0], args.classifier_steps)
+        asked = [[v[torch.isin(labels, y)] for v in (images, labels)] for images, labels in real]
+        f, f_held = (judge[0](to_float(images)) for images in (asked[0][0][:len(y)], asked[1][0]))
+        metrics |= {"frechet_floor": frechet_distance(f, f_held), "held_out": len(f_held),
+                    "classifier_accuracy": evaluate(*asked[1], judge, f_held)["label_accuracy"]}
+    columns = y[:20].tolist()
+    firsts = [real[0][0][real[0][1] == c] for c in range(null)] if real else []
+    rows = {"data": torch.stack([firsts[c][k // len(classes)] for k, c in enumerate(columns)])} if real else {}
+    sweeps, best = {}, None
+    for kind in args.guidance:
+        sweeps[kind] = []
+        for w in args.w:
+            images = sample(ema, guides[kind], s, args, y, w, shape)
+            sweeps[kind].append({"w": w} | (evaluate(images, y, judge, f_held) if judged else {}))
+            values = "".join(f"   {k} {v:.4f}" for k, v in sweeps[kind][-1].items() if k != "w")
+            print(f"{kind:<12}{f'w = {w:g} (scale 1 + w = {1 + w:g})':<32}{values}")
+            rows[f"{kind}, w = {w:g}"] = images[:20]
+            if best is None or (judged and sweeps[kind][-1]["frechet"] < best[0]):
+                best = sweeps[kind][-1].get("frechet"), images, f"{kind}, w = {w:g}"
+    np.savez_compressed(out / "samples.npz", best[1].permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy())
+    draw_rows(out / "samples.png", rows, columns)
+    if judged:
+        draw_tradeoff(out / "tradeoff.png", sweeps, metrics["frechet_floor"])
+    for kind, sweep in sweeps.items():
+        metrics["sweep" if kind == args.guidance[0] else f"sweep_{kind}"] = sweep
+    metrics |= {"samples_npz": best[2], "seconds_total": time.time() - start, "config": vars(args)}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    for name, value in metrics.items():
+        if name not in ("config", "sweep", "sweep_classifier"):
+            print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
+    print(f"figures in {out}: samples.png, tradeoff.png")
+    return metrics
+
+if __name__ == "__main__":
+    main(get_args())
