@@ -23,7 +23,6 @@ Shapes: B batch, C channels, H height, W width, D embedding.
 """
 import argparse
 import copy
-import itertools
 import json
 import math
 import os
@@ -157,8 +156,8 @@ class UNet(nn.Module):
         C, H, W = image_shape
         factor = 2 ** (len(multipliers) - 1)
         if H % factor or W % factor:
-            raise ValueError(f"images of {H}x{W} do not fit: a network of {len(multipliers)} --multipliers needs "
-                             f"a height and width that {factor} divides")
+            raise ValueError(f"images of {H}x{W} do not fit: {len(multipliers)} --multipliers need a height and "
+                             f"width that {factor} divides")
         D = 4 * channels if time_embedding else 0
         self.channels, widths = channels, [channels * m for m in multipliers]
         self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D)) if D else None
@@ -235,9 +234,9 @@ def load_data(dataset, data_dir, download=True):
         except RuntimeError:  # not there
             sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"MNIST could not be read or downloaded ({type(e).__name__}). Put these, or each as .gz, into "
+        raise OSError(f"no MNIST, neither read nor downloaded ({type(e).__name__}). Put these, or each as .gz, into "
                       f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
-                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST with "
+                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST by "
                       "--data-dir. --dataset digits needs no download") from e
     return tuple((d.data[:, None], d.targets) for d in sets)
 
@@ -252,8 +251,8 @@ def to_uint8(x):
 # ------------------------------------------------------------------------------ evaluation, without downloads
 
 def train_classifier(images, labels, steps, batch=128):
-    """A small classifier of real images.  uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head); its 64
-    features are where samples and real images are compared."""
+    """A small classifier of real images, in whose 64 features samples and real images are compared.
+    uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head)"""
     features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(),
                              conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
                              nn.Dropout(0.2), nn.Linear(256, 64), nn.ReLU())
@@ -277,7 +276,7 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
 def evaluate(samples, train, held_out, steps, seed):
-    """Samples against held-out images, and as many training images against those (the floor).  uint8 -> dict"""
+    """Samples against held-out images, and as many training images against those: the floor.  uint8 -> dict"""
     torch.manual_seed(seed)  # the same classifier for every run on this data, so that distances compare
     net = train_classifier(*train, steps)
     real = train[0][torch.randperm(len(train[0]), device=samples.device)[:len(samples)]]
@@ -295,7 +294,7 @@ def evaluate(samples, train, held_out, steps, seed):
 
 @torch.no_grad()
 def sample(net, s, args, n, image_shape, bar=False):
-    """n images from the seed's noise by args.sampler: uint8 (n, C, H, W), and [(t, x_t, x̂_0)] of the first 16.
+    """n images from the seed's noise by args.sampler, uint8 (n, C, H, W); [(t, x_t, x̂_0)] of the first 16.
     Leaves the random state as it was, so that looking at samples in between does not change the training."""
     device, frames, images, steps = s.beta.device, [], [], min(args.sampling_steps or s.T, s.T)
     cuda = device.type == "cuda"
@@ -340,7 +339,7 @@ def train(args, net, ema, s, images, path, state):
     def save():
         if not losses[:step].isfinite().all():
             fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
-                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint was saved yet"))
+                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint is saved yet"))
         state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
                  "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
                  "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
@@ -377,8 +376,9 @@ def train(args, net, ema, s, images, path, state):
             if not losses[step - 50:step].isfinite().all():
                 save()  # which refuses, and ends the run
         if step in milestones:
-            ddim = argparse.Namespace(**{**vars(args), "sampler": "ddim", "sampling_steps": 50})
-            snapshots[step] = sample(ema, s, ddim, 16, images.shape[1:])[0].cpu()
+            few = {"sampler": "ddim", "sampling_steps": min(50, args.sampling_steps or s.T)}
+            few = argparse.Namespace(**{**vars(args), **few})
+            snapshots[step] = sample(ema, s, few, 16, images.shape[1:])[0].cpu()
             draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
         if time.time() - saved > 60:
             save()
@@ -401,7 +401,7 @@ def draw_rows(path, rows, columns=()):
                              figsize=(1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W))
     for ax, (label, x) in zip(axes[:, 0], rows.items()):
         strip = F.pad(x.cpu(), (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).reshape(H + 2, -1, C)
-        ax.imshow(strip.expand(-1, -1, 3))
+        ax.imshow(strip.expand(-1, -1, 3).numpy())
         ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center")
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -416,26 +416,23 @@ def draw_all(out, images, frames, real, losses):
     from PIL import Image
     from torchvision.utils import make_grid
     rows = {} if real is None else {"data": real[:min(16, len(images))]}
-    rows["samples"] = images[:16]
-    for i in range(16, len(images[:64]) - 15, 16):
-        rows[" " * i] = images[i:i + 16]
-    draw_rows(out / "samples.png", rows)
+    first = images[:64 if len(images) >= 64 else 16].split(16)
+    draw_rows(out / "samples.png", rows | {" " * i or "samples": row for i, row in enumerate(first)})
     T = frames[0][0]
     ts = [T * u for u in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05, .02, 0)]
     columns = [min(frames, key=lambda f: abs(f[0] - t)) for t in ts]
-    rows = {}
-    for k in range(min(3, len(images))):
-        rows["x_t" + " " * k] = to_uint8(torch.stack([xt[k] for _, xt, _ in columns]))
-        rows["x̂_0" + " " * k] = to_uint8(torch.stack([x0_hat[k] for _, _, x0_hat in columns]))
+    rows = {name + " " * k: to_uint8(torch.stack([c[i][k] for c in columns]))
+            for k in range(min(3, len(images))) for i, name in ((1, "x_t"), (2, "x̂_0"))}
     draw_rows(out / "progressive.png", rows, [f"t={t}" for t, _, _ in columns])
     gif = [make_grid(to_uint8(xt), 4).permute(1, 2, 0).cpu().numpy() for _, xt, _ in frames]
     gif = [Image.fromarray(a).resize((256, 256 * a.shape[0] // a.shape[1]), Image.NEAREST) for a in gif]
-    gif = gif[::-1][::len(gif) // 40 + 1][::-1]  # some 40 of them, the last included
+    gif = gif[::-1][::len(gif) // 40 + 1][::-1]  # some 30 of them, the last included
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
     import matplotlib.pyplot as plt
-    k = max(1, len(losses) // 100)  # mean of each hundredth of the run
+    k = max(1, len(losses) // 100)  # the mean of each hundredth of the run
+    means = losses[:len(losses) // k * k].reshape(-1, k).mean(1).tolist()
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.plot(torch.arange(len(losses) // k) * k + k, losses[:len(losses) // k * k].reshape(-1, k).mean(1))
+    ax.plot([k * (i + 1) for i in range(len(means))], means)
     ax.set(xlabel="step", ylabel="L_simple, Eq. (14)", yscale="log")
     fig.savefig(out / "loss.png", dpi=100)
     plt.close(fig)
@@ -444,11 +441,11 @@ def draw_all(out, images, frames, real, losses):
 
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
     "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.0, flip=False,
-                   steps=2000, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250, classifier_steps=600),
+                   steps=2000, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250),
     "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], dropout=0.0, flip=False,
                   steps=3600, lr=1e-3, warmup=200, ema=0.998, sampling_steps=100, batch=64),
 }
-QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10, classifier_steps=30)
+QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10)
 OF_THE_RUN = ("checkpoint", "resume", "out", "device", "data_dir", "seed", "quick", "num_samples")
 
 def get_args(argv=None):
@@ -483,7 +480,6 @@ def get_args(argv=None):
     p.add_argument("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2")
     p.add_argument("--clip", action=yes_no, default=True, help="clip x0_hat to [-1, 1] (authors' code: yes)")
     p.add_argument("--num-samples", type=int, default=1000, help="(paper: 50000); 64 with --checkpoint")
-    p.add_argument("--classifier-steps", type=int, default=1000, help="to train the evaluation's classifier")
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
     name = f"runs/ddpm_ho_2020-{args.dataset}"
@@ -503,11 +499,11 @@ def get_args(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
-    for name in "T steps batch warmup blocks num_samples sampling_steps classifier_steps".split():
+    for name in "T steps batch warmup blocks num_samples sampling_steps".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.channels < 4 or args.channels % 4 or min(args.multipliers) < 1:
-        p.error("--channels must be a multiple of 4, and --multipliers at least 1")
+        p.error("--channels must be a multiple of 4 and --multipliers at least 1")
     return args
 
 def main(args):
@@ -533,12 +529,11 @@ def main(args):
     except ValueError as e:
         fail(e)
     except RuntimeError as e:
-        fail(f"the checkpoint's network has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
+        fail(f"the checkpoint has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
     s = make_schedule(args.schedule, args.T).to(args.device)
     if not state and path.exists():
-        kept = next(p for p in (out / f"checkpoint-{i}.pt" for i in itertools.count(1)) if not p.exists())
-        print(f"{path} is of an earlier run: moved to {kept.name}")
-        path.rename(kept)
+        kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
+        print(f"an earlier run's checkpoint is kept as {kept}")
     if not args.checkpoint:
         state = train(args, net, ema, s, real[0][0], path, state)
 
@@ -552,7 +547,7 @@ def main(args):
                "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": len(images),
                "seconds_sample": time.time() - drawn}
     if real and len(images) > 64:  # the covariance of 64 features needs more samples than that
-        metrics |= evaluate(images, *real, args.classifier_steps, args.seed)
+        metrics |= evaluate(images, *real, min(1000, args.steps), args.seed)
     np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu().numpy())  # arr_0: N, H, W, C
     draw_all(out, images, frames, real and real[0][0], losses)
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}

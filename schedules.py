@@ -1,19 +1,18 @@
 """Noise schedules and the forward process q of a diffusion model: everything that has no learned parameter.
 
-The forward process adds Gaussian noise in T small steps,
-    q(x_t | x_{t-1}) = N(√(1 - β_t) x_{t-1}, β_t I),   t = 1..T,                        Ho et al. 2020, Eq. (2)
-and can be jumped in one:
-    q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I),   α_t = 1 - β_t,  ᾱ_t = α_1 α_2 ... α_t.   Eq. (4)
+The forward process adds Gaussian noise in T small steps, or in one jump (Ho et al. 2020, Eqs. (2), (4)):
+    q(x_t | x_{t-1}) = N(√(1 - β_t) x_{t-1}, β_t I),   t = 1..T
+    q(x_t | x_0)     = N(√ᾱ_t x_0, (1 - ᾱ_t) I),       α_t = 1 - β_t,  ᾱ_t = α_1 α_2 ... α_t
 
-The index is the papers' t. Tables have T + 1 entries, beta[0] = 0 and alpha_bar[0] = 1 (t = 0 is the data, and is never
-trained or sampled), so alpha_bar[t - 1] is right at t = 1 too. They are float64 and are cast at the last moment.
+The index is the papers' t. Tables have T + 1 entries, beta[0] = 0 and alpha_bar[0] = 1 (t = 0 is the data; it
+is never trained or sampled), so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last moment.
 
-    python schedules.py          # draws every schedule and what it does to data, into runs/schedules (20 s on two CPU cores)
+    python schedules.py      # draws every schedule and what it does to data into runs/schedules, 6 s on two cores
 
-Add one of your own: write a function of T that returns beta, put @schedule above it, and it appears in these figures, in
-every script's --schedule, and in the tests.
+Add your own: a function of T that returns beta, under @schedule, appears in these figures, in every script's
+--schedule and in the tests.
 
-Legend for shapes: B batch, ... the shape of one example (2 for a point in the plane; C, H, W for an image).
+Shapes: B batch, ... the shape of one example (2 for a point in the plane; C, H, W for an image).
 """
 import argparse
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-SCHEDULES = {}  # name -> function of T that gives beta: float64, shape (T + 1,), beta[0] = 0, 0 < beta[1:] < 1
+SCHEDULES = {}  # name -> function of T that gives beta: float64, (T+1,), beta[0] = 0, 0 < beta[1:] < 1
 
 def schedule(f):
     """Register f(T) -> beta under its own name."""
@@ -31,7 +30,7 @@ def schedule(f):
     return f
 
 def from_alpha_bar(alpha_bar):
-    """β_t = 1 - ᾱ_t / ᾱ_{t-1} for a table of ᾱ_0..ᾱ_T, kept below 0.999 as Nichol & Dhariwal do.  (T+1,) -> (T+1,)"""
+    """β_t = 1 - ᾱ_t / ᾱ_{t-1}, at most 0.999 as Nichol & Dhariwal bound it.  ᾱ_0..ᾱ_T (T+1,) -> (T+1,)"""
     beta = torch.zeros_like(alpha_bar)
     beta[1:] = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     return beta
@@ -42,59 +41,57 @@ def time(T):
 
 @schedule
 def linear(T):
-    """β_t from 1e-4 to 0.02, evenly spaced.  Ho et al. 2020, Sec. 4, for T = 1000; times 1000/T for another T."""
+    """β_t evenly spaced from 1e-4 to 0.02.  Ho et al. 2020, Sec. 4, for T = 1000; here times 1000/T."""
     beta = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
     return (beta * 1000 / T).clamp(max=0.999)  # shorter chains need larger steps to destroy as much
 
 @schedule
 def quadratic(T):
-    """√β_t evenly spaced, between the same ends as linear.  Tried by Ho et al. 2020, Sec. 4, and in their code."""
+    """√β_t evenly spaced, with the ends of linear.  Tried by Ho et al. 2020, Sec. 4."""
     beta = torch.cat([torch.zeros(1), torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2])
     return (beta * 1000 / T).clamp(max=0.999)
 
 @schedule
 def constant(T):
-    """The same β at every t, with ᾱ_T = e^-10, so about 0.01 for T = 1000.  Tried by Ho et al. 2020, Sec. 4."""
+    """The same β at every t, about 0.01 for T = 1000, so that ᾱ_T = e^-10.  Tried by Ho et al. 2020, Sec. 4."""
     return from_alpha_bar(torch.exp(-10 * time(T)))
 
 @schedule
 def cosine(T):
-    """ᾱ_t = f(t) / f(0),  f(t) = cos²(π/2 (t/T + s) / (1 + s)),  s = 0.008.  Nichol & Dhariwal 2021, Eq. (17)."""
+    """ᾱ_t = f(t) / f(0),  f(t) = cos²(π/2 (t/T + 0.008) / 1.008).  Nichol & Dhariwal 2021, Eq. (17)."""
     f = torch.cos(math.pi / 2 * (time(T) + 0.008) / 1.008) ** 2
     return from_alpha_bar(f / f[0])
 
 @schedule
 def sigmoid(T):
-    """ᾱ_t falls as a sigmoid does from -3 to 3, stretched to start at 1 and end at 0.  Jabri et al. 2022, τ = 1."""
+    """ᾱ_t falls as a sigmoid from -3 to 3, stretched to go from 1 to 0.  Jabri et al. 2022, τ = 1."""
     v = torch.sigmoid(6 * time(T) - 3)
     return from_alpha_bar((v[-1] - v) / (v[-1] - v[0]))
 
 @schedule
 def geometric(T):
-    """Noise levels σ_1 = 0.01 .. σ_T = 50, each the same factor above the last.  Song & Ermon 2019, Sec. 4.
+    """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.
 
-    They add noise without shrinking the data: x_0 + σ_t z. Dividing by √(1 + σ_t²) keeps the variance at 1, so
-    ᾱ_t = 1 / (1 + σ_t²). The top level is 50 as in their 2020 paper; the 1 of 2019 would leave 0.71 of the signal.
-    """
-    sigma = torch.cat([torch.zeros(1), torch.logspace(math.log10(0.01), math.log10(50), T, dtype=torch.float64)])
+    They add noise without shrinking the data, x_0 + σ_t z; dividing by √(1 + σ_t²) keeps the variance at 1, so
+    ᾱ_t = 1 / (1 + σ_t²). The top is 50 as in their paper of 2020: 2019's 1 leaves 0.71 of the signal."""
+    sigma = torch.cat([torch.zeros(1), torch.logspace(-2, math.log10(50), T, dtype=torch.float64)])
     return from_alpha_bar(1 / (1 + sigma ** 2))
 
 @schedule
 def inverse(T):
-    """β_t = 1 / (T - t + 1): each step erases the fraction 1/T of the signal, ᾱ_t = 1 - t/T.  Sohl-Dickstein et al. 2015,
-    Sec. 2.4.1 (for binomial diffusion). β_T = 1 in the paper, 0.999 here, for a Gaussian needs β < 1."""
+    """β_t = 1 / (T - t + 1), each step erases 1/T of the signal: ᾱ_t = 1 - t/T.  Sohl-Dickstein et al. 2015,
+    Sec. 2.4.1, for binomial diffusion. There β_T = 1; here 0.999, as a Gaussian needs β < 1."""
     return from_alpha_bar(1 - time(T))
 
 def like(c, x):
-    """One coefficient per example (or one for all), cast and shaped to multiply x.  (B,) or () -> (B, 1, ..., 1)"""
+    """Coefficients, one per example or one for all, cast and shaped to multiply x.  (B,) or () -> (B, 1, ..., 1)"""
     return c.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 class Schedule:
-    """The tables of one schedule, indexed by the paper's t, and the two distributions of q that have closed forms.
+    """The tables of one schedule, indexed by the paper's t, and the two distributions of q in closed form.
 
-    beta: (T+1,), beta[0] = 0 and 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: a sampler starts from N(0, I),
-    which is then not where the forward process ends (the usual cause: betas meant for T = 1000 used with a smaller T).
-    """
+    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: samplers start from N(0, I),
+    which is then not where the forward process ends (the usual cause: betas for T = 1000 used with a smaller T)."""
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64)
@@ -108,14 +105,14 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
         left = self.alpha_bar[-1].sqrt().item()
         if left > 0.1:
-            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal at T = {self.T}; "
-                          "samples start from pure noise, so they will not match the data", stacklevel=2)
+            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal at T = {self.T}, "
+                          "but sampling starts from pure noise", stacklevel=2)
 
     def to(self, device):
         """Move the tables. They stay float64, except on Apple's MPS, which has only float32."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         for name in ("beta", "alpha", "alpha_bar", "beta_tilde", "snr"):
-            table = getattr(self, name)
-            setattr(self, name, table.float().to(device) if torch.device(device).type == "mps" else table.to(device))
+            setattr(self, name, getattr(self, name).to(dtype).to(device))
         return self
 
     def q_sample(self, x0, t, eps):
@@ -129,9 +126,9 @@ class Schedule:
         """q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), the forward process looked at backwards.  Eqs. (6), (7).
 
         μ̃_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t) x_0  +  √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) x_t
-        x0, xt: (B, ...);  t: (B,) integers in 1..T, or one integer for all.  -> mu_tilde (B, ...), beta_tilde (B, 1, ..., 1)
-        """
-        beta, alpha, alpha_bar, alpha_bar_prev = self.beta[t], self.alpha[t], self.alpha_bar[t], self.alpha_bar[t - 1]
+        x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.  -> (B, ...), (B, 1, ..., 1)"""
+        beta, alpha = self.beta[t], self.alpha[t]
+        alpha_bar, alpha_bar_prev = self.alpha_bar[t], self.alpha_bar[t - 1]
         mu_tilde = (like(alpha_bar_prev.sqrt() * beta / (1 - alpha_bar), x0) * x0
                     + like(alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar), xt) * xt)
         return mu_tilde, like(self.beta_tilde[t], xt)
@@ -144,17 +141,17 @@ def make_schedule(name, T):
         raise ValueError(f"T must be at least 1, not {T}")
     return Schedule(SCHEDULES[name](T))
 
-# ---------------------------------------------------------------- the first practical: what does a schedule do to data?
+# --------------------------------------------------- the first practical: what does a schedule do to data?
 
-def accuracy_at(s, t, train, test, rng):
-    """Accuracy of the nearest neighbour on digits noised to step t, against √ᾱ_t x_0 of the clean training digits: the
-    most likely x_0 of them, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  train, test: pairs (x (N, D), label (N,))"""
+def accuracy_at(s, t, train, test, eps):
+    """Accuracy of the nearest neighbour of digits noised to step t among √ᾱ_t x_0 of clean training digits: the
+    likeliest x_0, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  train, test: pairs (x (N, D), label (N,))"""
     from sklearn.neighbors import KNeighborsClassifier
-    xt = s.q_sample(test[0], t, torch.randn(test[0].shape, generator=rng, dtype=test[0].dtype))
-    return KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * train[0], train[1]).score(xt, test[1])
+    nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * train[0], train[1])
+    return nearest.score(s.q_sample(test[0], t, eps), test[1])
 
 def main(args):
-    """Draw schedules.png and destruction.png and measure how long structure lives; returns the numbers, by schedule."""
+    """Draw schedules.png and destruction.png, measure how long structure lives.  -> {schedule: numbers}"""
     import matplotlib
     matplotlib.use("Agg")  # draws to files; no screen needed
     import matplotlib.pyplot as plt
@@ -164,35 +161,37 @@ def main(args):
     train, test = (x[:1297], y[:1297]), (x[1297:], y[1297:])
     roll = torch.tensor(make_swiss_roll(2000, noise=0.02, random_state=args.seed)[0][:, [0, 2]])
     roll = (roll - roll.mean(0)) / roll.std(0)
+    torch.manual_seed(args.seed)
+    eps, eps_roll = torch.randn_like(test[0]), torch.randn_like(roll)  # the same noise in every row and column
 
-    schedules = {name: make_schedule(name, args.T) for name in SCHEDULES}
-    grid = torch.linspace(0, args.T, min(args.T, 10 if args.quick else 50) + 1).round().long()
-    accuracy = {name: [accuracy_at(s, t, train, test, torch.Generator().manual_seed(args.seed)) for t in grid]
-                for name, s in schedules.items()}
-    metrics = {name: {"sqrt_alpha_bar_T": s.alpha_bar[-1].sqrt().item(), "digits_accuracy_T": accuracy[name][-1],
-                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(grid) - 1)}
-               for name, s in schedules.items()}
+    all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
+    ts = torch.linspace(0, args.T, min(args.T, 10 if args.quick else 50) + 1).round().long()
+    accuracy = {name: [accuracy_at(s, t, train, test, eps) for t in ts] for name, s in all_s.items()}
+    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(),
+                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1)}
+               for name, s in all_s.items()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    panels = {"β": lambda s: s.beta[1:], "√ᾱ, the signal left": lambda s: s.alpha_bar[1:].sqrt(),
-              "log SNR": lambda s: s.snr[1:].log(), "accuracy on noised digits": None}
     fig, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    for ax, (title, table) in zip(axes, panels.items()):
-        for name, s in schedules.items():
-            ax.plot(*((grid / s.T, accuracy[name]) if table is None else (time(s.T)[1:], table(s))), label=name)
-        ax.set(title=title, xlabel="t/T", yscale="log" if title == "β" else "linear")
+    for name, s in all_s.items():
+        u = time(args.T)[1:].numpy()
+        axes[0].semilogy(u, s.beta[1:].numpy(), label=name)
+        axes[1].plot(u, s.alpha_bar[1:].sqrt().numpy())
+        axes[2].plot(u, s.snr[1:].log().numpy())
+        axes[3].plot((ts / args.T).numpy(), accuracy[name])
+    for ax, title in zip(axes, ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")):
+        ax.set(title=title, xlabel="t/T")
     axes[0].legend(fontsize=8)
     fig.savefig(f"{args.out}/schedules.png", dpi=100)
 
     columns = torch.linspace(0, args.T, 7).round().long()
-    fig, axes = plt.subplots(len(schedules), 14, figsize=(14, 1.05 * len(schedules)), layout="constrained")
-    eps = [torch.randn(v.shape, generator=torch.Generator().manual_seed(args.seed), dtype=v.dtype) for v in (roll, x[:4])]
-    for row, (name, s) in zip(axes.reshape(-1, 14), schedules.items()):
+    fig, axes = plt.subplots(len(all_s), 14, figsize=(14, 1.05 * len(all_s)), layout="constrained", squeeze=False)
+    for row, (name, s) in zip(axes, all_s.items()):
         for i, t in enumerate(columns):
-            row[i].scatter(*s.q_sample(roll, t, eps[0]).T, s=0.2, linewidths=0, c="k")
+            row[i].scatter(*s.q_sample(roll, t, eps_roll).T.numpy(), s=0.2, linewidths=0, c="k")
             row[i].set(xlim=(-3, 3), ylim=(-3, 3))
-            four = s.q_sample(x[:4], t, eps[1]).reshape(2, 2, 8, 8).transpose(1, 2).reshape(16, 16)  # digits 0 1 / 2 3
-            row[i + 7].imshow(four, cmap="gray", vmin=-1, vmax=1)
+            four = s.q_sample(x[:4], t, eps[:4]).reshape(2, 2, 8, 8).transpose(1, 2).reshape(16, 16)
+            row[i + 7].imshow(four.numpy(), cmap="gray", vmin=-1, vmax=1)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for i, ax in enumerate(axes.reshape(-1)):
         ax.set(xticks=[], yticks=[], title=f"t={columns[i % 7]}" if i < 14 else "")
@@ -202,7 +201,7 @@ def main(args):
     Path(args.out, "metrics.json").write_text(json.dumps({"config": vars(args), **metrics}, indent=1))
     print(f"{'schedule':<12}{'signal left at T':>18}{'share of steps with accuracy > 1/2':>38}")
     for name, m in metrics.items():
-        print(f"{name:<12}{m['sqrt_alpha_bar_T']:>18.4f}{m['structure_share']:>38.2f}")
+        print(f"{name:<12}{m['signal_left']:>18.4f}{m['structure_share']:>38.2f}")
     return metrics
 
 def get_args(argv=None):

@@ -1,0 +1,330 @@
+"""Every test: closed forms and identities in float64 first, then whole runs.    pytest -q test_all.py    (@@)"""
+import json
+import math
+import re
+import shlex
+import signal
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddpm_ho_2020 as ddpm
+import schedules
+from schedules import SCHEDULES, Schedule, make_schedule
+
+every_schedule = pytest.mark.parametrize("name", list(SCHEDULES))
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+def expect_exit(capsys, function, *words):
+    """function ends with exit status 2 and one line (after argparse's usage) on stderr that has all the words."""
+    with pytest.raises(SystemExit) as e:
+        function()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert e.value.code == 2 and len(lines) == 1 and all(w in lines[0] for w in words), lines
+
+# -------------------------------------------------------------------------------------------------- schedules.py
+
+@every_schedule
+@pytest.mark.parametrize("T", [10, 50, 1000])
+def test_schedule_table(name, T):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none of ours leaves too much signal
+        s = make_schedule(name, T)
+    assert s.beta.shape == (T + 1,) and s.beta.dtype == torch.float64
+    assert s.beta[0] == 0 and ((s.beta[1:] > 0) & (s.beta[1:] < 1)).all()
+    assert s.alpha_bar[0] == 1 and (s.alpha_bar.diff() < 0).all() and s.alpha_bar[T].sqrt() < 0.1
+
+def test_schedules_as_published():
+    beta = SCHEDULES["linear"](1000)
+    assert beta[1] == pytest.approx(1e-4) and beta[1000] == pytest.approx(0.02)  # Ho et al. 2020, Sec. 4
+    assert beta.diff(n=2)[1:].abs().max() < 1e-15
+    assert SCHEDULES["quadratic"](1000)[1:].sqrt().diff(n=2).abs().max() < 1e-15
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    assert make_schedule("cosine", 1000).alpha_bar[500] == pytest.approx(f[500] / f[0])  # Nichol & Dhariwal, Eq. (17)
+    assert SCHEDULES["inverse"](40)[1:40].allclose(1 / torch.arange(40, 1, -1, dtype=torch.float64))
+    sigma = (1 / make_schedule("geometric", 100).snr[1:100]).sqrt()
+    assert sigma[0] == pytest.approx(0.01) and (sigma[1:] / sigma[:-1]).std() < 1e-9
+    assert SCHEDULES["constant"](50)[1:].std() < 1e-12
+    assert make_schedule("sigmoid", 1000).alpha_bar[500] == pytest.approx(0.5)
+
+@every_schedule
+def test_T_single_steps_are_one_jump(name):
+    """Mean and variance of T steps of Eq. (2) against Eq. (4), at every t."""
+    s, x0 = make_schedule(name, 50), randn(3, 2)
+    mean, variance = x0, 0.0
+    for t in range(1, 51):
+        mean, variance = (1 - s.beta[t]).sqrt() * mean, (1 - s.beta[t]) * variance + s.beta[t]
+        assert s.q_sample(x0, t, torch.zeros_like(x0)).allclose(mean, rtol=1e-10, atol=1e-12)
+        assert s.q_sample(0 * x0, torch.tensor([t] * 3), torch.ones_like(x0)).square().allclose(variance * torch.ones(3, 2).double())
+
+def test_posterior_is_bayes():
+    """Eqs. (6), (7) against the product of the two Gaussians q(x_t | x_{t-1}) q(x_{t-1} | x_0), by precisions."""
+    s, x0, xt = make_schedule("linear", 20), randn(4, 3), randn(4, 3, seed=1)
+    for t in range(2, 21):
+        ab, p1, p2 = s.alpha_bar[t - 1], s.alpha[t] / s.beta[t], 1 / (1 - s.alpha_bar[t - 1])
+        mu_tilde, beta_tilde = s.q_posterior(x0, xt, torch.full((4,), t))
+        assert beta_tilde.allclose(1 / (p1 + p2))
+        assert mu_tilde.allclose((p1 * xt / s.alpha[t].sqrt() + p2 * ab.sqrt() * x0) / (p1 + p2))
+    mu_tilde, beta_tilde = s.q_posterior(x0, xt, 1)  # at t = 1 nothing is left open
+    assert mu_tilde.allclose(x0, atol=1e-12) and beta_tilde.item() == 0
+
+def test_schedule_refuses_and_warns():
+    for beta in ([0.1, 0.2], [0, 0.5, 1], [0, 0], [0], [[0, 0.5]]):
+        with pytest.raises(ValueError):
+            Schedule(beta)
+    with pytest.raises(ValueError, match="linear"):
+        make_schedule("liner", 10)
+    with pytest.raises(ValueError):
+        make_schedule("linear", 0)
+    with pytest.warns(UserWarning, match="0.88"):  # betas made for T = 1000 with T = 50
+        Schedule(torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.01, 50)]))
+
+def test_first_practical(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedules, "SCHEDULES", dict(SCHEDULES))
+
+    @schedules.schedule
+    def mine(T):
+        return schedules.from_alpha_bar((1 - schedules.time(T)) ** 3)
+    m = schedules.main(schedules.get_args(["--quick", "--T", "20", "--out", str(tmp_path)]))
+    assert "mine" in m and 0 < m["constant"]["structure_share"] < m["cosine"]["structure_share"] <= 1
+    assert {p.name for p in tmp_path.iterdir()} == {"schedules.png", "destruction.png", "metrics.json"}
+
+# ----------------------------------------------------------------------------- ddpm_ho_2020.py: loss and samplers
+
+def exact_eps(s, m, variance):
+    """E[ε | x_t] for x_0 ~ N(m, variance I): the best that any network could say."""
+    def eps_theta(x, t):
+        ab = s.alpha_bar[t].reshape(-1, *[1] * (x.dim() - 1))
+        return (1 - ab).sqrt() * (x - ab.sqrt() * m) / (ab * variance + 1 - ab)
+    return eps_theta
+
+def test_eq7_is_eq11_without_clipping():
+    s, eps_hat, x = make_schedule("linear", 1000), randn(5, 2, seed=1), randn(5, 2)
+    for t in (1, 2, 500, 1000):
+        mu_theta, _ = s.q_posterior(ddpm.predict_x0(s, x, t, eps_hat, clip=False), x, t)
+        eq11 = (x - s.beta[t] / (1 - s.alpha_bar[t]).sqrt() * eps_hat) / s.alpha[t].sqrt()
+        assert mu_theta.allclose(eq11, rtol=1e-9)
+
+def test_loss():
+    s, x0, eps, t = make_schedule("linear", 1000), randn(6, 2), randn(6, 2, seed=1), torch.tensor([1, 2, 9, 99, 500, 1000])
+    assert ddpm.l_simple(lambda x, t: eps, s, x0, t, eps) == 0
+    assert ddpm.l_simple(lambda x, t: 0 * x, s, x0, t, eps) == pytest.approx(eps.square().mean().item())
+    ab = s.alpha_bar[t][:, None]  # the network is shown x_t of Eq. (4) and the t that belongs to it
+    recover = lambda x, u: (x - ab.sqrt() * x0) / (1 - ab).sqrt() + (u - t)[:, None]  # noqa: E731
+    assert ddpm.l_simple(recover, s, x0, t, eps) < 1e-20
+    assert ddpm.predict_x0(s, s.q_sample(x0, t, eps), t, eps, clip=False).allclose(x0)
+    assert ddpm.predict_x0(s, s.q_sample(9 * x0, t, eps), t, eps).abs().max() <= 1
+
+@every_schedule
+def test_one_point_is_returned(name):
+    s, m = make_schedule(name, 50), randn(1, 3).tanh()
+    for variance in ("beta", "beta_tilde"):  # whatever the noise on the way, the last step adds none
+        *_, (t, x, _) = ddpm.ddpm_sample(exact_eps(s, m, 0), s, randn(8, 3), variance)
+        assert t == 0 and (x - m).abs().max() < 1e-9
+    path = list(ddpm.ddpm_sample(exact_eps(s, m, 0), s, randn(4000, 3), "beta_tilde"))
+    assert [t for t, _, _ in path] == list(range(49, -1, -1))
+    t, x, _ = path[24]  # and on the way it is distributed as q(x_t | x_0 = m)
+    assert (x.var(0) / (1 - s.alpha_bar[t]) - 1).abs().max() < 0.15
+
+def test_unit_variance_is_kept():
+    """For N(0, I) data, σ² = β is exact (Sec. 3.2): every x_t is N(0, I)."""
+    s = make_schedule("linear", 50)
+    for _, x, _ in ddpm.ddpm_sample(exact_eps(s, 0, 1), s, randn(100_000, 1), "beta", clip=False):
+        assert x.var().item() == pytest.approx(1, abs=0.03)
+    torch.manual_seed(0)
+    *_, (_, x, _) = ddpm.ddpm_sample(exact_eps(s, 0, 1), s, randn(100_000, 1), "beta_tilde", clip=False)
+    assert x.var() < 0.9  # the lower bound of the two is too small here
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_ddim_returns_x0(steps):
+    s, x0, eps = make_schedule("cosine", 50), randn(4, 2).tanh(), randn(4, 2, seed=1)
+    eps_theta, short = ddpm.subchain(lambda x, t: eps, s, steps)
+    *_, (t, x, x0_hat) = ddpm.ddim_sample(eps_theta, short, s.q_sample(x0, 50, eps))
+    assert t == 0 and x.allclose(x0, atol=1e-6) and torch.equal(x, x0_hat) or x.allclose(x0_hat)
+
+def test_ddim_rederives_eps_after_clipping():
+    s, x = make_schedule("linear", 20), randn(4, 2)
+    for t, x_prev, x0_hat in ddpm.ddim_sample(lambda x, t: 0 * x, s, x):
+        eps = [(v - s.alpha_bar[u].sqrt() * x0_hat) / (1 - s.alpha_bar[u]).sqrt() for v, u in ((x, t + 1), (x_prev, t))]
+        assert x0_hat.abs().max() <= 1 and (t == 0 or eps[0].allclose(eps[1]))
+        x = x_prev
+
+@every_schedule
+@pytest.mark.parametrize("steps", [1, 3, 10, 50])
+def test_subchain(name, steps):
+    s, seen = make_schedule(name, 50), []
+    eps_theta, short = ddpm.subchain(lambda x, t: seen.append(t) or x, s, steps)
+    for i in range(1, steps + 1):
+        eps_theta(randn(1, 1), torch.tensor([i]))
+    grid = torch.cat([torch.zeros(1).long(), *seen])
+    assert short.T == steps and grid[-1] == 50 and (grid.diff() > 0).all()
+    assert short.alpha_bar.allclose(s.alpha_bar[grid], rtol=1e-3, atol=1e-12)
+    if steps == 50:
+        assert short.beta.allclose(s.beta)
+
+# --------------------------------------------------------------------------------------- ddpm_ho_2020.py: network
+
+def net_of(flags, shape):
+    return ddpm.make_eps_theta(ddpm.get_args(flags.split()), shape)
+
+def test_paper_network():
+    paper = "--channels 128 --multipliers 1 2 2 2 --blocks 2 --attention 16 --dropout 0.1"
+    assert sum(p.numel() for p in net_of(paper, (3, 32, 32)).parameters()) == 35_746_307  # "35.7M", Appendix B
+
+@pytest.mark.parametrize("flags, shape", [("", (1, 8, 8)), ("--dataset mnist", (1, 28, 28)), ("", (3, 12, 20)),
+                                          ("--multipliers 1", (1, 7, 9)), ("--no-time-embedding", (1, 8, 8))])
+def test_network_shapes_and_gradients(flags, shape):
+    torch.manual_seed(0)
+    net, x = net_of(flags + " --channels 8", shape), torch.randn(3, *shape)
+    assert torch.equal(net(x, torch.tensor([1, 2, 1000])), torch.zeros_like(x))  # starts at 0
+    opt = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(3):
+        opt.zero_grad()
+        (net(x, torch.tensor([1, 500, 1000])) - x).square().mean().backward()
+        opt.step()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
+    y = [net(x[:1], torch.tensor([t])) for t in (1, 1000)]
+    assert torch.equal(*y) == ("--no-time" in flags)
+
+def test_network_refuses_sizes():
+    with pytest.raises(ValueError, match="30x28.* 4 divides"):
+        net_of("--dataset mnist", (1, 30, 28))
+
+def test_time_embedding():
+    t = torch.randperm(1000) + 1
+    e = ddpm.time_embedding(t, 32)
+    assert len(e.unique(dim=0)) == 1000 and torch.equal(e[10:11], ddpm.time_embedding(t[10:11], 32))
+    assert e[:, 0].allclose(t.sin(), atol=1e-5) and e[:, 31].allclose((t * 1e-4).cos(), atol=1e-5)
+    assert e.std(0).min() > 1e-3  # no channel is constant
+
+# --------------------------------------------------------------------------------- ddpm_ho_2020.py: data and runs
+
+def test_frechet_distance():
+    a, b = randn(5000, 3) * torch.tensor([1, 2, 3]).double(), randn(4000, 3, seed=1) + torch.tensor([0, 0, 2]).double()
+    assert ddpm.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert ddpm.frechet_distance(a, b) == pytest.approx(4 + 0 + 1 + 4, rel=0.05)  # |Δm|² + Σ (s_a - s_b)²
+    assert ddpm.frechet_distance(a, 3 * a + 1) == pytest.approx(
+        (2 * a.mean(0) + 1).square().sum().item() + 4 * a.var(0).sum().item())
+
+def test_pixels():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(ddpm.to_uint8(ddpm.to_float(x)), x) and ddpm.to_float(x)[[0, 255]].tolist() == [-1, 1]
+
+def test_digits():
+    (x, y), (x_held, y_held) = ddpm.load_data("digits", "nowhere")
+    assert x.shape == (1347, 1, 8, 8) and x_held.shape == (450, 1, 8, 8) and x.dtype == torch.uint8 and x.max() == 255
+    assert y.bincount().min() > 120 and y_held.bincount().min() > 30
+
+def write_mnist(folder, n=150):
+    """MNIST's four files with n noise images each."""
+    raw = Path(folder, "MNIST", "raw")
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels, labels = np.random.default_rng(0).integers(0, 256, (n, 28, 28), np.uint8), np.arange(n) % 10
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + labels.astype(np.uint8).tobytes())
+    return raw
+
+def test_mnist_files(tmp_path):
+    raw = write_mnist(tmp_path)
+    (x, y), held_out = ddpm.load_data("mnist", tmp_path)
+    assert x.shape == (150, 1, 28, 28) and torch.equal(y[:3], torch.tensor([0, 1, 2])) and len(held_out[1]) == 150
+    file = raw / "t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:1000])
+    for folder in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(OSError, match="train-images-idx3-ubyte.*t10k-labels-idx1-ubyte.*--dataset digits"):
+            ddpm.load_data("mnist", folder, download=False)
+
+def run(*flags, script=ddpm, **extra):
+    return script.main(script.get_args([*map(str, flags), *(f"--{k.replace('_', '-')}={v}" for k, v in extra.items())]))
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_ddpm_quick(tmp_path, dataset):
+    if dataset == "mnist":
+        write_mnist(tmp_path)
+    m = run("--quick", dataset=dataset, data_dir=tmp_path, out=tmp_path / "out")
+    assert m == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"script", "dataset", "seed", "device", "torch", "steps", "params", "seconds_train", "seconds_total", "config",
+            "loss", "frechet", "frechet_floor", "confident_share", "rarest_class_share", "images_per_second"} <= m.keys()
+    written = {"metrics.json", "checkpoint.pt", "samples.npz", "samples.png", "progressive.png", "reverse.gif",
+               "training.png", "loss.png"}
+    assert written == {p.name for p in (tmp_path / "out").iterdir()}
+    images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
+    side = 8 if dataset == "digits" else 28
+    assert images.shape == (100, side, side, 1) and images.dtype == np.uint8 and images.std() > 0
+    # From the file alone, with no data and no other flag, the same images come back.
+    run(checkpoint=tmp_path / "out" / "checkpoint.pt", data_dir=tmp_path / "none", out=tmp_path / "again")
+    again = np.load(tmp_path / "again" / "samples.npz")["arr_0"]
+    assert again.shape == (64, side, side, 1)
+    assert {"checkpoint.pt", "training.png"} == written - {p.name for p in (tmp_path / "again").iterdir()}
+
+TINY = ("--quick", "--num-samples=20", "--channels=8", "--dropout=0.1", "--flip")
+
+def test_resume_is_exact(tmp_path):
+    run(*TINY, steps=12, out=tmp_path / "a")
+    run(*TINY, steps=5, out=tmp_path / "b")
+    run("--resume", "--num-samples=20", steps=12, out=tmp_path / "b")
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
+    for key in ("net", "ema"):
+        assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
+    assert torch.equal(a["losses"], b["losses"]) and torch.equal(a["rng"], b["rng"]) and b["step"] == 12
+
+def test_ctrl_c_saves_and_draws(tmp_path, monkeypatch, capsys):
+    calls, l_simple = [], ddpm.l_simple
+    monkeypatch.setattr(ddpm, "l_simple", lambda *a: (calls.append(1), len(calls) == 4 and signal.raise_signal(signal.SIGINT),
+                                                     l_simple(*a))[2])
+    m = run(*TINY, out=tmp_path)
+    assert m["steps"] == 4 and (tmp_path / "samples.png").exists() and "--resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+
+def test_nothing_trained_is_lost(tmp_path, capsys):
+    run(*TINY, steps=2, out=tmp_path)
+    first = (tmp_path / "checkpoint.pt").read_bytes()
+    run(*TINY, steps=3, out=tmp_path)
+    assert next(tmp_path.glob("checkpoint-*.pt")).read_bytes() == first
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    expect_exit(capsys, lambda: run("--resume", steps=60, lr=1e30, warmup=1, out=tmp_path), "no longer finite", "--lr")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+def test_users_mistakes(tmp_path, capsys, monkeypatch):
+    run(*TINY, steps=2, out=tmp_path)
+    file, bad = tmp_path / "checkpoint.pt", tmp_path / "bad.pt"
+    expect_exit(capsys, lambda: run(dataset="mnits"), "mnits", "digits")
+    expect_exit(capsys, lambda: run(schedule="liner"), "liner", "cosine")
+    expect_exit(capsys, lambda: run(device="cuda:99"), "cuda:99")
+    expect_exit(capsys, lambda: run(steps=0), "--steps must be at least 1")
+    expect_exit(capsys, lambda: run(channels=10), "--channels")
+    expect_exit(capsys, lambda: run("--multipliers", 1, 1, 1, 1, 1, out=tmp_path / "x"), "8x8", "16 divides")
+    expect_exit(capsys, lambda: run(checkpoint=bad), "no checkpoint", "bad.pt")
+    expect_exit(capsys, lambda: run("--resume", out=tmp_path / "none"), "no checkpoint", "none")
+    expect_exit(capsys, lambda: run(checkpoint=file, channels=16), "other shapes")
+    for content in (b"", b"text", file.read_bytes()[:20_000]):
+        bad.write_bytes(content)
+        expect_exit(capsys, lambda: run(checkpoint=bad), "truncated")
+    for content in ({"script": "another"}, [1]):
+        torch.save(content, bad)
+        expect_exit(capsys, lambda: run(checkpoint=bad), "not a checkpoint of ddpm_ho_2020.py")
+
+# -------------------------------------------------------------------------------------------------------- hygiene
+
+def test_readme_commands_parse(monkeypatch):
+    """Every `python script.py ...` of the README and of the scripts' docstrings is a command that the script takes."""
+    here = Path(__file__).parent
+    config = {"config": vars(ddpm.get_args([])), "script": "ddpm_ho_2020"}
+    monkeypatch.setattr(ddpm, "load_checkpoint", lambda path: config)
+    texts = [(here / "README.md").read_text(), ddpm.__doc__, schedules.__doc__]
+    commands = re.findall(r"python ((\w+)\.py[^\n`#&]*)", "\n".join(texts))
+    assert len(commands) > 6
+    for command, module in commands:
+        __import__(module).get_args(shlex.split(command)[1:])
+
+def test_equations_in_the_readme_exist():
+    text = (Path(__file__).parent / "README.md").read_text()
+    for module, name in re.findall(r"`(\w+)\.py`: `(\w+)`", text):
+        assert hasattr(__import__(module), name) or hasattr(schedules.Schedule, name), name
