@@ -1,31 +1,29 @@
 """Classifier-Free Diffusion Guidance.  Ho & Salimans 2022, arXiv 2207.12598.
 
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
-predictions points towards "more like class y", and w says how far to follow it. Equation numbers are the paper's.
+predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's.
 
-    python ddpm_conditional_cfg.py                                # 8x8 digits, sweep over w: @@ on two CPU cores
-    python ddpm_conditional_cfg.py --dataset mnist --guidance free                 # 28x28 digits
-    python ddpm_conditional_cfg.py --resume --steps 4000                           # go on with that run
-    python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --classes 3,7 --w 2
+    python ddpm_conditional_cfg.py                     # 8x8 digits, a sweep over w: @@ on two CPU cores
+    python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
+    python ddpm_conditional_cfg.py --resume --steps 4000                 # go on with the first run
+    python ddpm_conditional_cfg.py --classes 3,7 --w 2 --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt
 
 @@NUMBERS
 
 Differs from the paper:
-  - Ho et al. 2020's discrete t and schedule, where the paper draws a continuous log-SNR λ and predicts ε(z_λ, c);
-    x_t, y, ∅, ε_θ(x_t, t, y) are the paper's z_λ, c, ∅, ε_θ(z_λ, c), and t is drawn, as λ there, for each example.
-  - The sweep is drawn by DDIM in fewer than T steps (--sampler ddpm is nearer to the paper's Algorithm 2).
-  - x̂_0 is clipped to [-1, 1] in sampling, the EMA is warmed up: as in ddpm_ho_2020.py, and for its reasons.
-  - Neither FID nor Inception Score, whose network has to be downloaded: the Fréchet distance and exp E KL are
-    taken from a small classifier trained here. Compare them with the floor beside them and across w, not with FID.
+  - T discrete steps and Ho et al. 2020's schedule; the paper draws a continuous log-SNR λ from the density of
+    a cosine schedule. x_t, y, ε_θ(x_t, t, y) are its z_λ, c, ε_θ(z_λ, c).
+  - The sweep draws by DDIM in 50 steps; the paper's sampler is ancestral (nearest to it: --sampler ddpm).
+  - x̂_0 is clipped to [-1, 1] in sampling and the EMA is warmed up, for the reasons in ddpm_ho_2020.py.
+  - No FID or Inception Score, whose network has to be downloaded: the Fréchet distance and exp E KL are those
+    of a small classifier trained here. Compare them across w and with the floor, not with the paper's.
 
 Shapes: B batch, C channels, H height, W width, D embedding, K classes.
 """
 import argparse
 import copy
-import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -39,46 +37,45 @@ from tqdm import tqdm
 
 from schedules import SCHEDULES, Schedule, like, make_schedule
 
-# ------------------------------------------------------------------ Sec. 3.2: the loss and the two ways to guide
+# ------------------------------------------------ Sec. 3: the loss, the two kinds of guidance, the samplers
 
 def drop_labels(y, null, p_uncond):
-    """Line 3 of Algorithm 1: y becomes ∅ with probability p_uncond, for each example on its own.  (B,) -> (B,)"""
+    """y becomes ∅ with probability p_uncond, for each example on its own.  Algorithm 1.  (B,) -> (B,)"""
     return torch.where(torch.rand(len(y), device=y.device) < p_uncond, null, y)
 
 def l_cfg(eps_theta, s, x0, y, t, eps):
-    """E |ε - ε_θ(√ᾱ_t x_0 + √(1 - ᾱ_t) ε, t, y)|², per dimension, where some y are ∅.  Algorithm 1, Eq. (5).
+    """E |ε - ε_θ(√ᾱ_t x_0 + √(1 - ᾱ_t) ε, t, y)|², per dimension, some of the y being ∅.  Algorithm 1.
 
     x0 (B, C, H, W) in [-1, 1];  y, t (B,), t from 1..T;  eps like x0, drawn from N(0, I).  -> ()"""
     return F.mse_loss(eps_theta(s.q_sample(x0, t, eps), t, y), eps)
 
 def check_labels(y, null):
-    """ValueError unless all y are in 0..null-1. On a GPU a wrong row of an embedding would end the process."""
+    """ValueError unless all y lie in 0..null-1: too large a label in an embedding would take a GPU down."""
     if not ((y >= 0) & (y < null)).all():
-        raise ValueError(f"labels must be in 0..{null - 1}, not {y[(y < 0) | (y >= null)][0]}")
+        raise ValueError(f"labels lie in 0..{null - 1}; these do not: {y[(y < 0) | (y >= null)].tolist()}")
 
 def guided(eps_theta, y, null, w):
-    """ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).  -> callable (x, t), as a sampler takes it.
+    """ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).  -> callable (x, t), for a sampler
 
-    w = 0 is the conditional model and w = -1 the unconditional one, each in one evaluation instead of two. Much
+    w = 0 is the conditional model and w = -1 the unconditional one, with one evaluation instead of two. Much
     other code calls 1 + w the scale.   y (B,) in 0..null-1, else ValueError."""
     check_labels(y, null)
+    none = torch.full_like(y, null)
     if w in (0, -1):
-        return lambda x, t: eps_theta(x, t, torch.full_like(y, null) if w else y)
+        return lambda x, t: eps_theta(x, t, none if w else y)
 
-    def eps_tilde(x, t):
-        both = torch.cat([y, torch.full_like(y, null)])  # one batch of 2B
-        eps_hat, eps_null = eps_theta(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return (1 + w) * eps_hat - w * eps_null
+    def eps_tilde(x, t):  # both branches in one batch of 2B
+        eps_y, eps_null = eps_theta(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, none])).chunk(2)
+        return (1 + w) * eps_y - w * eps_null
     return eps_tilde
 
 def classifier_guided(eps_theta, classifier, s, y, null, w):
-    """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇_x log p(y | x_t).  Dhariwal & Nichol 2021, Algorithm 2.
+    """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t).  Dhariwal & Nichol 2021, Algorithm 2.
 
-    In scores, ∇ log p(x_t) = -ε / √(1 - ᾱ_t): ∇ log p(x_t) + (1 + w) ∇ log p(y | x_t), which for exact models is
-    that of guided(), by Bayes' rule; so their scale is 1 + w (Sec. 3.1), and w = -1 asks no classifier. In an
-    unclipped DDPM step this shifts μ_θ by (1 + w) β_t / √α_t ∇ log p, their Algorithm 1's s Σ ∇ log p but for √α_t.
-    classifier: any callable (x, t) -> logits (B, K), differentiable in x.   -> callable (x, t)"""
-    check_labels(y, null)
+    ∇ log p(x_t) = -ε / √(1 - ᾱ_t), so the score is ∇ log p(x_t) + (1 + w) ∇ log p(y | x_t): for exact models, by
+    Bayes' rule, that of Eq. (6) (Sec. 3.1). Their scale is 1 + w; w = -1 asks no classifier. With ddpm_sample it
+    shifts μ_θ by (1 + w) β_t / √α_t ∇ log p: their Algorithm 1, s Σ ∇ log p at Σ = β_t, but for √α_t.
+    classifier: any callable (x, t) -> logits (B, K) with a gradient in x.   -> callable (x, t)"""
     unconditional = guided(eps_theta, y, null, -1)
 
     def eps_tilde(x, t):
@@ -89,10 +86,7 @@ def classifier_guided(eps_theta, classifier, s, y, null, w):
         return unconditional(x, t) - (1 + w) * like((1 - s.alpha_bar[t]).sqrt(), x) * gradient
     return unconditional if w == -1 else eps_tilde
 
-# ------------------------------------------------------------------- the samplers, which know nothing of labels
-
 # Copied from ddpm_ho_2020.py
-
 def predict_x0(s, xt, t, eps_hat, clip=True):
     """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).  Near t = T this divides by almost 0, so a small error
     of ε̂ throws x̂_0 far out of the data's range, and sampling does not come back: hence the clip."""
@@ -137,10 +131,9 @@ def subchain(eps_theta, s, steps):
     beta = torch.cat([alpha_bar[:1] * 0, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-12)])
     return (lambda x, i: eps_theta(x, grid[i])), Schedule(beta.cpu()).to(s.beta.device)
 
-# ----------------------------------------------------------------- the U-Net, its conditional form, a classifier
+# --------------------------------------------------------------------------------------------------- the U-Net
 
 # Copied from ddpm_ho_2020.py
-
 def norm(C):
     """GroupNorm; 32 groups from 128 channels on, as in the paper, and groups of at least four below."""
     return nn.GroupNorm(math.gcd(32, C // 4), C)
@@ -204,8 +197,8 @@ class UNet(nn.Module):
         C, H, W = image_shape
         factor = 2 ** (len(multipliers) - 1)
         if H % factor or W % factor:
-            raise ValueError(f"images of {H}x{W} do not fit: a network of {len(multipliers)} --multipliers needs "
-                             f"a height and width that {factor} divides")
+            raise ValueError(f"images of {H}x{W} do not fit {len(multipliers)} --multipliers, which need a "
+                             f"height and a width that {factor} divides")
         D = 4 * channels if time_embedding else 0
         self.channels, widths = channels, [channels * m for m in multipliers]
         self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D)) if D else None
@@ -253,52 +246,63 @@ class UNet(nn.Module):
             h = block(torch.cat([h, skips.pop()], 1), emb)
         return self.out(h).to(x.dtype)  # bfloat16 under autocast, where the process stays in float32
 
-# What this paper adds.
+# ----------------------------------------------------------------------------- what guidance adds to the U-Net
+
+CLASSES = 10  # K, in both datasets; the null token ∅ is label 10
 
 class ConditionalUNet(UNet):
-    """ε_θ(x_t, t, y): the same U-Net; the embedding of y is added to that of t and goes wherever that goes.
+    """ε_θ(x_t, t, y): the U-Net as it is; the embedding of y is added to that of t and goes wherever it goes.
     (B, C, H, W), (B,), (B,) in 0..K -> (B, C, H, W).  Row K of the table is the null token ∅."""
 
-    def __init__(self, classes, *shape):
+    def __init__(self, *shape):
         super().__init__(*shape)
-        self.label = nn.Embedding(classes + 1, self.embed[-1].out_features)
+        self.label = nn.Embedding(CLASSES + 1, self.embed[-1].out_features)
 
     def forward(self, x, t, y):
         with self.embed.register_forward_hook(lambda module, inputs, emb: emb + self.label(y)):
             return super().forward(x, t)
 
-class NoisyClassifier(UNet):
-    """p(y | x_t): the way down of the U-Net, a mean over pixels, a linear layer; it has to see noise of all sizes
-    and is told t. Dhariwal & Nichol 2021, Sec. 4.  (B, C, H, W), (B,) -> logits (B, K)"""
-
-    def __init__(self, classes, *shape):
-        super().__init__(*shape)
-        self.head = nn.Linear(self.out[0].num_channels * shape[2][-1], classes)
-        del self.up, self.out
-
-    def forward(self, x, t):
-        emb, h = self.embed(time_embedding(t, self.channels)), self.conv_in(x)
-        for block in self.down:
-            h = block(h, emb)
-        return self.head(self.middle(h, emb).mean((2, 3))).float()
-
-def make_eps_theta(args, image_shape, classes=10):
+def make_eps_theta(args, image_shape):
     """The network that args describe, for images of shape (C, H, W).  ValueError if the size does not fit."""
-    net = ConditionalUNet(classes, image_shape, args.channels, args.multipliers, args.blocks, args.attention, 0.0)
+    net = ConditionalUNet(image_shape, args.channels, args.multipliers, args.blocks, args.attention, 0.0)
     return net.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, more on a GPU
 
-def make_guide(args, image_shape, classes=10):
-    """The classifier of noised images, half as wide as the network that it steers."""
-    return NoisyClassifier(classes, image_shape, args.channels // 2, args.multipliers, args.blocks, [], 0.1)
+def make_classifier(args, image_shape):
+    """log p(y | x_t) + const, told t: the U-Net's way down at half the width, then the mean over pixels and a
+    linear layer.  Dhariwal & Nichol 2021, Sec. 4.  (B, C, H, W), (B,) -> logits (B, K)"""
+    net = UNet(image_shape, args.channels // 2, args.multipliers, args.blocks, args.attention, 0.0)
+    head = nn.Linear(args.channels // 2 * args.multipliers[-1], CLASSES)
+    net.up, net.out = nn.ModuleList(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    return net.to(memory_format=torch.channels_last)
 
-# ------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------- data, and evaluation without downloads
+
+def evaluate(images, y, judge, f_held):
+    """Samples drawn for labels y, by a classifier of clean images.  uint8 (N, C, H, W), (N,), (M, 64) -> dict
+    classifier_score = exp E KL(p(y | x) || p(y)), the Inception Score's formula: from 1 to K."""
+    f = torch.cat([judge[0](to_float(x)) for x in images.split(500)])  # features (N, 64)
+    log_p = judge[1](f).double().log_softmax(1)
+    kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
+    return {"frechet": frechet_distance(f, f_held), "classifier_score": kl.mean().exp().item(),
+            "label_accuracy": (log_p.argmax(1) == y).float().mean().item()}
 
 # Copied from ddpm_ho_2020.py
-
 def fail(message):
     """End the run on a user's mistake: one line, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+def load_checkpoint(path):
+    """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}")
+    except Exception as e:
+        fail(f"{path} cannot be read: truncated, or not a checkpoint ({type(e).__name__})")
+    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
+        fail(f"{path} is not a checkpoint of {Path(__file__).name}")
+    return state
 
 def load_data(dataset, data_dir, download=True):
     """-> (images, labels) to train on and (images, labels) held out, uint8 (N, C, H, W) and int64 (N,).
@@ -316,9 +320,9 @@ def load_data(dataset, data_dir, download=True):
         except RuntimeError:  # not there
             sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"MNIST could not be read or downloaded ({type(e).__name__}). Put these, or each as .gz, into "
+        raise OSError(f"MNIST was neither read nor downloaded ({type(e).__name__}). Put these, or .gz, in "
                       f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
-                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST with "
+                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST by "
                       "--data-dir. --dataset digits needs no download") from e
     return tuple((d.data[:, None], d.targets) for d in sets)
 
@@ -330,13 +334,9 @@ def to_uint8(x):
     """[-1, 1] -> uint8 0..255, rounded."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-# ------------------------------------------------------------------------------ evaluation, without downloads
-
-# Copied from ddpm_ho_2020.py
-
 def train_classifier(images, labels, steps, batch=128):
-    """A small classifier of real images.  uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head); its 64
-    features are where samples and real images are compared."""
+    """A small classifier of real images, in whose 64 features samples and real images are compared.
+    uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head)"""
     features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(),
                              conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
                              nn.Dropout(0.2), nn.Linear(256, 64), nn.ReLU())
@@ -359,184 +359,126 @@ def frechet_distance(a, b):
     root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # the trace of the root
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
-# Own again.
-
-def evaluate(images, y, net, f_held):
-    """Samples drawn for labels y, by a classifier of clean images.  uint8 (N, C, H, W), (N,), (M, 64) -> dict
-
-    classifier_score = exp E KL(p(y | x) || p(y)), the Inception Score's formula with this classifier: 1 .. K."""
-    f = torch.cat([net[0](to_float(x)) for x in images.split(500)])
-    log_p = net[1](f).double().log_softmax(1)
-    kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
-    return {"frechet": frechet_distance(f, f_held), "classifier_score": kl.mean().exp().item(),
-            "label_accuracy": (log_p.argmax(1) == y).float().mean().item()}
-
 # -------------------------------------------------------------------------------- sampling and training loops
 
 @torch.no_grad()
-def sample(net, guide, s, args, y, w, image_shape):
-    """One image for each label of y by Algorithm 2: uint8 (N, C, H, W). The seed's noise whatever w is, so that
-    images of two w can be held side by side. guide: a NoisyClassifier, or None for classifier-free guidance."""
-    device, images, steps = s.beta.device, [], min(args.sampling_steps or s.T, s.T)
+def sample(nets, kind, s, args, y, w, image_shape):
+    """Algorithm 2: an image for each label of y by guidance of a kind, free or classifier: uint8 (N, C, H, W).
+    The seed's noise for every kind and w, so that images can be held side by side."""
+    images, steps, eps_theta = [], min(args.sampling_steps, s.T), nets["eps_theta"]
     torch.manual_seed(args.seed)
     for part in y.split(250):
-        eps_tilde = (guided(net, part, net.label.num_embeddings - 1, w) if guide is None else
-                     classifier_guided(net, guide, s, part, net.label.num_embeddings - 1, w))
+        eps_tilde = (guided(eps_theta, part, CLASSES, w) if kind == "free" else
+                     classifier_guided(eps_theta, nets["classifier"], s, part, CLASSES, w))
         eps_tilde, short = subchain(eps_tilde, s, steps)
-        x = torch.randn(len(part), *image_shape, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            chain = (ddim_sample if args.sampler == "ddim" else ddpm_sample)(eps_tilde, short, x)
-            for _, x, _ in tqdm(chain, f"w = {w:g}, {len(images) * 250 + len(part)}/{len(y)}", steps, leave=False):
-                pass
+        x = torch.randn(len(part), *image_shape, device=y.device)
+        chain = (ddim_sample if args.sampler == "ddim" else ddpm_sample)(eps_tilde, short, x)
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=y.device.type == "cuda"):
+            for step in tqdm(chain, f"{kind}, w = {w:g}", steps, leave=False):
+                x = step[1]
         images.append(to_uint8(x))
     return torch.cat(images)
 
-# Copied from ddpm_ho_2020.py
-
-def load_checkpoint(path):
-    """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"no checkpoint at {path}")
-    except Exception as e:
-        fail(f"{path} cannot be read: truncated, or not a checkpoint ({type(e).__name__})")
-    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
-        fail(f"{path} is not a checkpoint of {Path(__file__).name}")
-    return state
-
-def write_checkpoint(state, path):
-    torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-    os.replace(f"{path}.tmp", path)
-
-def train(args, net, ema, s, images, labels, path, state):
-    """Algorithm 1, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step at hand.
-    Saves to path each minute and at the end, and returns what it saved."""
-    device, opt, null = images.device, torch.optim.Adam(net.parameters(), args.lr), int(labels.max()) + 1
+def train(args, nets, ema, s, images, labels, path, state):
+    """Algorithm 1 and, beside it, the classifier of x_t: from state (a checkpoint, or None) to args.steps. Ctrl-C
+    stops it after the step at hand. Saves to path each minute and at the end; returns what it saved."""
+    device, opt = images.device, torch.optim.Adam(nets.parameters(), args.lr)
     first, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=device)
     if state:  # which holds all that the next step depends on
         first, seconds = state["step"], state["seconds"]
         losses = torch.cat([state["losses"].to(device), losses[first:]])
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
 
     def save():
         if not losses[:step].isfinite().all():
             fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
-                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint was saved yet"))
+                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint is saved yet"))
         state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
-                 "classes": null, "guide": None, "step": step, "seconds": seconds + time.time() - start,
-                 "losses": losses[:step].cpu(), "net": net.state_dict(), "ema": ema.state_dict(),
-                 "optimizer": opt.state_dict(), "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-        write_checkpoint(state, path)
+                 "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
+                 "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
+                 "rng": torch.get_rng_state()}
+        torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+        Path(f"{path}.tmp").replace(path)
         return state
 
     stop, start, saved, step = [], time.time(), time.time(), first
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     bar = tqdm(total=args.steps, desc="training", initial=first, mininterval=1)
     while step < args.steps and not stop:
-        for group in opt.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
         i = torch.randint(len(images), (args.batch,), device=device)
-        x0, y = to_float(images[i]), drop_labels(labels[i], null, args.p_uncond)
-        t = torch.randint(1, s.T + 1, (len(x0),), device=device)
+        t = torch.randint(1, s.T + 1, (args.batch,), device=device)
+        x0, y, eps = to_float(images[i]), labels[i], torch.randn(args.batch, *images.shape[1:], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = l_cfg(net, s, x0, y, t, torch.randn_like(x0))
+            loss = l_cfg(nets["eps_theta"], s, x0, drop_labels(y, CLASSES, args.p_uncond), t, eps)
+            logits = nets["classifier"](s.q_sample(x0, t, eps), t)  # shares only the noised images with ε_θ
         opt.zero_grad()
-        loss.backward()
-        size = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        (loss + F.cross_entropy(logits, y)).backward()
+        size = sum(nn.utils.clip_grad_norm_(net.parameters(), 1.0) for net in nets.values())
         opt.step()
         decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
-        losses[step] = loss.detach() + 0 * size  # so that it is not finite if the gradient is not
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in nets.parameters()], 1 - decay)
+        losses[step] = loss.detach() + 0 * size  # so that it is not finite if a gradient is not
         step += 1
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-        if time.time() - saved > 60 or not losses[max(0, step - 50):step].isfinite().all():
-            save()  # which refuses a loss that is not finite, and ends the run
-            saved = time.time()
+            if time.time() - saved > 60 or not losses[:step].isfinite().all():
+                save()  # which refuses a loss that is not finite, and ends the run
+                saved = time.time()
     bar.close()
     signal.signal(signal.SIGINT, handler)
     if stop:
         print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
     return save()
 
-def train_guide(args, net, s, images, labels):
-    """-E log p(y | x_t) over all t: what classifier guidance needs besides the diffusion model."""
-    torch.manual_seed(args.seed)
-    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    for step in tqdm(range(args.guide_steps), "training the noisy classifier", mininterval=1):
-        opt.param_groups[0]["lr"] = 2e-3 * (1 - step / args.guide_steps)
-        i = torch.randint(len(images), (args.batch,), device=images.device)
-        t, x0 = torch.randint(1, s.T + 1, (args.batch,), device=images.device), to_float(images[i])
-        loss = F.cross_entropy(net(s.q_sample(x0, t, torch.randn_like(x0)), t), labels[i])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-
 # ---------------------------------------------------------------------------------------------------- figures
 
-# Copied from ddpm_ho_2020.py
-
-def draw_rows(path, rows, columns=()):
-    """Images as a table. rows: {label: uint8 (n, C, H, W)}; columns: labels above the first row."""
+def draw(out, rows, columns, sweeps, floor):
+    """samples.png: rows {name: uint8 (n, C, H, W)}, columns n labels. tradeoff.png, as the paper's figures:
+    Fréchet distance against classifier score along sweeps {kind: [{"w", ...}]}, if they were measured."""
     import matplotlib
     matplotlib.use("Agg")  # draws to files; no screen needed
     import matplotlib.pyplot as plt
-    n, C, H, W = next(iter(rows.values())).shape
-    fig, axes = plt.subplots(len(rows), 1, squeeze=False, layout="constrained",
-                             figsize=(1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W))
-    for ax, (label, x) in zip(axes[:, 0], rows.items()):
-        strip = F.pad(x.cpu(), (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).reshape(H + 2, -1, C)
-        ax.imshow(strip.expand(-1, -1, 3))
-        ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center")
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    if columns:
-        axes[0, 0].xaxis.tick_top()
-        axes[0, 0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-
-def draw_tradeoff(path, sweeps, floor):
-    """Fréchet distance against classifier score, one curve a kind of guidance, as the paper's Fig. 4."""
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for kind, sweep in sweeps.items():
-        sweep = sorted(sweep, key=lambda row: row["w"])
-        score, frechet = [row["classifier_score"] for row in sweep], [row["frechet"] for row in sweep]
-        ax.plot(score, frechet, "o-", label={"free": "classifier-free"}.get(kind, kind))
-        for row in sweep:
-            ax.annotate(f"w = {row['w']:g}", (row["classifier_score"], row["frechet"]), fontsize=7,
-                        xytext=(4, 4), textcoords="offset points")
-    ax.axhline(floor, color="gray", linestyle=":", label="real images")
-    ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance")
-    ax.legend()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    x = F.pad(torch.stack(list(rows.values())).cpu(), (1, 1, 1, 1), value=255)  # (rows, n, C, H + 2, W + 2)
+    R, n, C, H, W = x.shape
+    fig, ax = plt.subplots(figsize=(1.8 + 0.6 * n, 0.3 + 0.6 * R * H / W), layout="constrained")
+    ax.imshow(x.permute(0, 3, 1, 4, 2).reshape(R * H, n * W, C).expand(-1, -1, 3).numpy())
+    ax.set_xticks([(i + 0.5) * W for i in range(n)], columns)
+    ax.set_yticks([(i + 0.5) * H for i in range(R)], rows)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    fig.savefig(out / "samples.png", dpi=100)
+    if floor is not None:
+        fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        for kind, sweep in sweeps.items():
+            points = [(row["classifier_score"], row["frechet"]) for row in sweep]
+            ax.plot(*zip(*points), "o-", label=f"guidance: {kind}")
+            for row, point in zip(sweep, points):
+                ax.annotate(f"{row['w']:g}", point, (4, 4), textcoords="offset points", fontsize=8)
+        ax.axhline(floor, color="gray", linestyle=":", label="real images")
+        ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance", title="at each w")
+        ax.legend()
+        fig.savefig(out / "tradeoff.png", dpi=100)
+    plt.close("all")
 
 # ------------------------------------------------------------------------------------------------------- main
 
 PRESETS = {
-    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], steps=2000, lr=2e-3, warmup=100,
-                   classifier_steps=600, guide_steps=600),
-    "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], steps=3600, lr=1e-3, warmup=200,
-                  batch=64, classifier_steps=1000, guide_steps=1000),
+    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], steps=2000, lr=2e-3),
+    "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], steps=3600, lr=1e-3, batch=64),
 }
-QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5, warmup=10, classifier_steps=30, guide_steps=10)
-OF_THE_RUN = ("checkpoint", "resume", "out", "device", "data_dir", "seed", "quick", "num_samples", "classes", "w")
+QUICK = dict(channels=16, steps=30, warmup=10, num_samples=100, sampling_steps=5)
+OF_THE_RUN = "checkpoint resume out device data_dir seed quick num_samples classes w".split()
 
-def numbers(text):
-    return [int(c) for c in text.split(",")]
+def labels(text):
+    check_labels(torch.tensor(y := [int(c) for c in text.split(",")]), CLASSES)
+    return y
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset."""
-    p = argparse.ArgumentParser(description="Classifier-free guidance (Ho & Salimans 2022).",
-                                epilog="Each --dataset has a preset that replaces some of these defaults.")
+    p = argparse.ArgumentParser(description="Classifier-free guidance (Ho & Salimans 2022).")
     p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
     p.add_argument("--out", help="folder for all that is written; default runs/ddpm_conditional_cfg-<dataset>")
@@ -547,32 +489,26 @@ def get_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--T", type=int, default=1000, help="diffusion steps (paper: continuous time)")
     p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: cosine)")
-    p.add_argument("--p-uncond", type=float, default=0.1, help="share of labels dropped (paper: 0.1, 0.2 or 0.5)")
-    p.add_argument("--steps", type=int, help="training steps")
+    p.add_argument("--p-uncond", type=float, default=0.1, help="share of labels dropped (paper: 0.1, 0.2, 0.5)")
+    p.add_argument("--steps", type=int, help="training steps; default by --dataset")
     p.add_argument("--batch", type=int, default=128, help="images a training step")
-    p.add_argument("--lr", type=float, help="Adam's learning rate")
-    p.add_argument("--warmup", type=int, help="steps to the full --lr")
+    p.add_argument("--lr", type=float, help="Adam's learning rate; default by --dataset")
+    p.add_argument("--warmup", type=int, default=100, help="steps to the full --lr")
     p.add_argument("--ema", type=float, default=0.998, help="decay of the weights' moving average")
-    p.add_argument("--channels", type=int, help="width of the network's first level")
     p.add_argument("--guidance", nargs="+", choices=["free", "classifier"], default=["free", "classifier"])
-    p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.5, 1, 2, 4], help="weights, as in Eq. (6)")
-    p.add_argument("--classes", type=numbers, help="labels to draw, as 3,7 (default: all, in equal shares)")
-    p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim", help="ddpm: Algorithm 2")
+    p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.5, 1, 2, 4], help="weights w of Eq. (6)")
+    p.add_argument("--classes", type=labels, default="0,1,2,3,4,5,6,7,8,9", help="of 0..9, to draw; as 3,7")
+    p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim")
     p.add_argument("--sampling-steps", type=int, default=50, help="steps of the sampler (paper: 128 to 1024)")
-    p.add_argument("--num-samples", type=int, default=1000, help="for each w (paper: 50000); 64 with --checkpoint")
-    p.add_argument("--classifier-steps", type=int, help="to train the evaluation's classifier")
-    p.add_argument("--guide-steps", type=int, help="to train the classifier that guides")
+    p.add_argument("--num-samples", type=int, default=1000, help="per w (paper: 50000); 64 with --checkpoint")
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
     name = f"runs/ddpm_conditional_cfg-{args.dataset}"
+    p.set_defaults(**PRESETS[args.dataset] | (QUICK if args.quick else {}))
     if args.checkpoint or args.resume:
         config = load_checkpoint(args.checkpoint or Path(args.out or name, "checkpoint.pt"))["config"]
         p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
-        p.set_defaults(num_samples=64 if args.checkpoint else 1000)
-    else:
-        p.set_defaults(**PRESETS[args.dataset])
-    if args.quick:
-        p.set_defaults(**QUICK)
+        p.set_defaults(num_samples=64 if args.checkpoint else 100 if args.quick else 1000)
     args = p.parse_args(argv)
     args.out = args.out or f"runs/ddpm_conditional_cfg-{args.dataset}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else
@@ -581,13 +517,11 @@ def get_args(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
-    for name in "T steps batch warmup num_samples sampling_steps classifier_steps guide_steps".split():
+    for name in ("T", "steps", "batch", "warmup", "sampling_steps", "num_samples"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.channels < 8 or args.channels % 8:
-        p.error("--channels must be a multiple of 8")
     if not 0 < args.p_uncond < 1:
-        p.error("--p-uncond must be between 0 and 1: both the labels and the null token need training")
+        p.error("--p-uncond must lie between 0 and 1: the labels and the null token both need training")
     return args
 
 def main(args):
@@ -602,85 +536,57 @@ def main(args):
         if not args.checkpoint:  # which is all that sampling needs
             fail(e)
     shape = state["image_shape"] if state else list(real[0][0].shape[1:])
-    null = state["classes"] if state else int(real[0][1].max()) + 1
-    classes = args.classes or list(range(null))
-    y = torch.tensor((classes * args.num_samples)[:args.num_samples])
 
     torch.manual_seed(args.seed)
-    try:
-        check_labels(y, null)
-        y = y.to(args.device)
-        net = make_eps_theta(args, shape, null).to(args.device)
-        ema = copy.deepcopy(net).requires_grad_(False).eval()
-        if state:
-            net.load_state_dict(state["net"])
-            ema.load_state_dict(state["ema"])
-    except ValueError as e:
-        fail(e)
-    except RuntimeError as e:
-        fail(f"the checkpoint's network has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
+    nets = nn.ModuleDict({"eps_theta": make_eps_theta(args, shape), "classifier": make_classifier(args, shape)})
+    ema = copy.deepcopy(nets.to(args.device)).requires_grad_(False).eval()
+    if state:
+        nets.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
     s = make_schedule(args.schedule, args.T).to(args.device)
     if not state and path.exists():
-        kept = next(p for p in (out / f"checkpoint-{i}.pt" for i in itertools.count(1)) if not p.exists())
-        print(f"{path} is of an earlier run: moved to {kept.name}")
-        path.rename(kept)
+        kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
+        print(f"an earlier run's checkpoint is kept as {kept}")
     if not args.checkpoint:
-        state = train(args, net, ema, s, *real[0], path, state)
+        state = train(args, nets, ema, s, *real[0], path, state)
 
-    metrics = {"script": "ddpm_conditional_cfg", "dataset": args.dataset, "seed": args.seed, "device": args.device,
-               "torch": torch.__version__, "steps": state["step"], "params": sum(p.numel() for p in net.parameters()),
+    metrics = {"script": "ddpm_conditional_cfg", "dataset": args.dataset, "seed": args.seed,
+               "device": args.device, "torch": torch.__version__, "steps": state["step"],
+               "params": sum(p.numel() for p in nets["eps_theta"].parameters()),
+               "params_classifier": sum(p.numel() for p in nets["classifier"].parameters()),
                "loss": state["losses"][-100:].mean().item(), "seconds_train": state["seconds"],
-               "images_per_second": state["step"] * state["config"]["batch"] / state["seconds"],
-               "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": len(y)}
-    guides = {"free": None, "classifier": make_guide(args, shape, null).to(args.device)}
-    if "classifier" in args.guidance:
-        if state["guide"] is not None:
-            guides["classifier"].load_state_dict(state["guide"])
-        elif real is None:
-            fail("this checkpoint has no noisy classifier, and training one needs the data: see --data-dir")
-        else:
-            clock = time.time()
-            train_guide(args, guides["classifier"], s, *real[0])
-            metrics |= {"seconds_train_guide": time.time() - clock}
-            state["guide"] = guides["classifier"].state_dict()
-            if not args.checkpoint:
-                write_checkpoint(state, path)
-        guides["classifier"].eval().requires_grad_(False)
-
-    judged = real is not None and len(y) > 64  # the covariance of 64 features needs more samples than that
+               "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": args.num_samples}
+    y = torch.tensor((args.classes * args.num_samples)[:args.num_samples], device=args.device)
+    judged = real and len(y) > 64  # the covariance of 64 features needs more samples than that
     if judged:
-        torch.manual_seed(args.seed)  # the same classifier for every run on this data, so that numbers compare
-        judge = train_classifier(*real[0], args.classifier_steps)
-        asked = [[v[torch.isin(labels, y)] for v in (images, labels)] for images, labels in real]
-        f, f_held = (judge[0](to_float(images)) for images in (asked[0][0][:len(y)], asked[1][0]))
-        metrics |= {"frechet_floor": frechet_distance(f, f_held), "held_out": len(f_held),
-                    "classifier_accuracy": evaluate(*asked[1], judge, f_held)["label_accuracy"]}
-    columns = y[:20].tolist()
-    firsts = [real[0][0][real[0][1] == c] for c in range(null)] if real else []
-    rows = {"data": torch.stack([firsts[c][k // len(classes)] for k, c in enumerate(columns)])} if real else {}
-    sweeps, best = {}, None
-    for kind in args.guidance:
-        sweeps[kind] = []
+        torch.manual_seed(args.seed)  # the same classifier for every run on this data: numbers compare
+        judge = train_classifier(*real[0], min(1000, args.steps))
+        real = [[v[torch.isin(pair[1], y)] for v in pair] for pair in real]  # the classes asked for
+        f_real, f_held = (judge[0](to_float(x)) for x in (real[0][0][:len(y)], real[1][0]))
+        metrics |= {"held_out": len(f_held), "frechet_floor": frechet_distance(f_real, f_held)}
+        metrics |= {f"{k}_real": v for k, v in evaluate(*real[1], judge, f_held).items() if k != "frechet"}
+    rows, sweeps, n = {}, {kind: [] for kind in args.guidance}, min(20, len(y))
+    if real:  # above the samples, training images of the same labels
+        rows["data"] = torch.stack([real[0][0][real[0][1] == c][(y[:k] == c).sum()] for k, c in enumerate(y[:n])])
+    for kind in sweeps:
         for w in args.w:
-            images = sample(ema, guides[kind], s, args, y, w, shape)
-            sweeps[kind].append({"w": w} | (evaluate(images, y, judge, f_held) if judged else {}))
-            values = "".join(f"   {k} {v:.4f}" for k, v in sweeps[kind][-1].items() if k != "w")
-            print(f"{kind:<12}{f'w = {w:g} (scale 1 + w = {1 + w:g})':<32}{values}")
-            rows[f"{kind}, w = {w:g}"] = images[:20]
-            if best is None or (judged and sweeps[kind][-1]["frechet"] < best[0]):
-                best = sweeps[kind][-1].get("frechet"), images, f"{kind}, w = {w:g}"
-    np.savez_compressed(out / "samples.npz", best[1].permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy())
-    draw_rows(out / "samples.png", rows, columns)
-    if judged:
-        draw_tradeoff(out / "tradeoff.png", sweeps, metrics["frechet_floor"])
-    for kind, sweep in sweeps.items():
-        metrics["sweep" if kind == args.guidance[0] else f"sweep_{kind}"] = sweep
-    metrics |= {"samples_npz": best[2], "seconds_total": time.time() - start, "config": vars(args)}
+            images = sample(ema, kind, s, args, y, w, shape)
+            row = evaluate(images, y, judge, f_held) if judged else {}
+            sweeps[kind].append({"w": w} | row)
+            values = "".join(f"   {k} {v:.4f}" for k, v in row.items())
+            print(f"{kind:<12}{f'w = {w:g} (scale 1 + w = {1 + w:g})':<30}{values}")
+            rows[f"{kind}, w = {w:g}"] = images[:n]
+            if kind == args.guidance[0] and w == min(args.w, key=abs):
+                arrays = images.permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()  # N, H, W, C and N
+                np.savez_compressed(out / "samples.npz", *arrays)
+    draw(out, rows, y[:n].tolist(), sweeps, metrics.get("frechet_floor"))
+    metrics |= {f"sweep_{kind}" if i else "sweep": sweep for i, (kind, sweep) in enumerate(sweeps.items())}
+    metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     for name, value in metrics.items():
-        if name not in ("config", "sweep", "sweep_classifier"):
+        if name != "config" and "sweep" not in name:
             print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
-    print(f"figures in {out}: samples.png, tradeoff.png")
+    print(f"figures in {out}: samples.png" + ", tradeoff.png" * bool(judged))
     return metrics
 
 if __name__ == "__main__":
