@@ -6,17 +6,16 @@ predictions points towards "more like class y", and w says how far to go. Equati
     python ddpm_conditional_cfg.py                     # 8x8 digits, a sweep over w: @@ on two CPU cores
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
     python ddpm_conditional_cfg.py --resume --steps 4000                 # go on with the first run
-    python ddpm_conditional_cfg.py --classes 3,7 --w 2 --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt
+    python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --classes 3,7 --w 2
 
 @@NUMBERS
 
 Differs from the paper:
-  - T discrete steps and Ho et al. 2020's schedule; the paper draws a continuous log-SNR λ from the density of
-    a cosine schedule. x_t, y, ε_θ(x_t, t, y) are its z_λ, c, ε_θ(z_λ, c).
+  - Ho et al. 2020's T steps and schedule; the paper draws a continuous log-SNR. x_t, y are its z_λ, c.
   - The sweep draws by DDIM in 50 steps; the paper's sampler is ancestral (nearest to it: --sampler ddpm).
   - x̂_0 is clipped to [-1, 1] in sampling and the EMA is warmed up, for the reasons in ddpm_ho_2020.py.
-  - No FID or Inception Score, whose network has to be downloaded: the Fréchet distance and exp E KL are those
-    of a small classifier trained here. Compare them across w and with the floor, not with the paper's.
+  - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are those of
+    a small classifier trained here. Compare them across w and with the floor, not with the paper's.
 
 Shapes: B batch, C channels, H height, W width, D embedding, K classes.
 """
@@ -56,7 +55,6 @@ def check_labels(y, null):
 
 def guided(eps_theta, y, null, w):
     """ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).  -> callable (x, t), for a sampler
-
     w = 0 is the conditional model and w = -1 the unconditional one, with one evaluation instead of two. Much
     other code calls 1 + w the scale.   y (B,) in 0..null-1, else ValueError."""
     check_labels(y, null)
@@ -70,11 +68,10 @@ def guided(eps_theta, y, null, w):
     return eps_tilde
 
 def classifier_guided(eps_theta, classifier, s, y, null, w):
-    """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t).  Dhariwal & Nichol 2021, Algorithm 2.
-
-    ∇ log p(x_t) = -ε / √(1 - ᾱ_t), so the score is ∇ log p(x_t) + (1 + w) ∇ log p(y | x_t): for exact models, by
-    Bayes' rule, that of Eq. (6) (Sec. 3.1). Their scale is 1 + w; w = -1 asks no classifier. With ddpm_sample it
-    shifts μ_θ by (1 + w) β_t / √α_t ∇ log p: their Algorithm 1, s Σ ∇ log p at Σ = β_t, but for √α_t.
+    """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y|x_t).  Dhariwal & Nichol 2021, Algorithm 2.
+    ∇ log p(x_t) = -ε / √(1 - ᾱ_t), so the score is ∇ log p(x_t) + (1 + w) ∇ log p(y|x_t): if the models are exact,
+    that of Eq. (6), by Bayes' rule. Their scale is 1 + w; w = -1 asks no classifier. In ddpm_sample, unclipped,
+    it shifts μ_θ by (1 + w) β_t / √α_t ∇ log p(y|x_t): their Algorithm 1's s Σ ∇ log p(y|x_t), but for √α_t.
     classifier: any callable (x, t) -> logits (B, K) with a gradient in x.   -> callable (x, t)"""
     unconditional = guided(eps_theta, y, null, -1)
 
@@ -363,7 +360,7 @@ def frechet_distance(a, b):
 
 @torch.no_grad()
 def sample(nets, kind, s, args, y, w, image_shape):
-    """Algorithm 2: an image for each label of y by guidance of a kind, free or classifier: uint8 (N, C, H, W).
+    """Algorithm 2: an image for each label of y, by guidance of a kind (free, classifier).  -> uint8 (N, C, H, W)
     The seed's noise for every kind and w, so that images can be held side by side."""
     images, steps, eps_theta = [], min(args.sampling_steps, s.T), nets["eps_theta"]
     torch.manual_seed(args.seed)
@@ -380,33 +377,33 @@ def sample(nets, kind, s, args, y, w, image_shape):
     return torch.cat(images)
 
 def train(args, nets, ema, s, images, labels, path, state):
-    """Algorithm 1 and, beside it, the classifier of x_t: from state (a checkpoint, or None) to args.steps. Ctrl-C
-    stops it after the step at hand. Saves to path each minute and at the end; returns what it saved."""
+    """Algorithm 1 and, beside it, the classifier of x_t, from state (a checkpoint, or None) to args.steps. Saves
+    to path each minute and at the end, and returns what it saved. Ctrl-C stops it after the step at hand."""
     device, opt = images.device, torch.optim.Adam(nets.parameters(), args.lr)
-    first, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=device)
+    step, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=device)
     if state:  # which holds all that the next step depends on
-        first, seconds = state["step"], state["seconds"]
-        losses = torch.cat([state["losses"].to(device), losses[first:]])
+        step, seconds = state["step"], state["seconds"]
+        losses = torch.cat([state["losses"].to(device), losses[step:]])
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-
-    def save():
-        if not losses[:step].isfinite().all():
-            fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
-                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint is saved yet"))
-        state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
-                 "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
-                 "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
-                 "rng": torch.get_rng_state()}
-        torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-        Path(f"{path}.tmp").replace(path)
-        return state
-
-    stop, start, saved, step = [], time.time(), time.time(), first
+    stop, start, saved = [], time.time(), time.time()
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    bar = tqdm(total=args.steps, desc="training", initial=first, mininterval=1)
-    while step < args.steps and not stop:
-        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+    bar = tqdm(total=args.steps, desc="training", initial=step, mininterval=1)
+    while True:
+        done = stop or step >= args.steps
+        if done or time.time() - saved > 60 or (step % 50 == 0 and not losses[:step].isfinite().all()):
+            if not losses[:step].isfinite().all():
+                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
+                     + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint is saved yet"))
+            state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
+                     "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
+                     "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
+                     "rng": torch.get_rng_state()}
+            torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+            saved, _ = time.time(), Path(f"{path}.tmp").replace(path)
+        if done:
+            break
+        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100)
         i = torch.randint(len(images), (args.batch,), device=device)
         t = torch.randint(1, s.T + 1, (args.batch,), device=device)
         x0, y, eps = to_float(images[i]), labels[i], torch.randn(args.batch, *images.shape[1:], device=device)
@@ -424,14 +421,11 @@ def train(args, nets, ema, s, images, labels, path, state):
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-            if time.time() - saved > 60 or not losses[:step].isfinite().all():
-                save()  # which refuses a loss that is not finite, and ends the run
-                saved = time.time()
     bar.close()
     signal.signal(signal.SIGINT, handler)
     if stop:
         print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
-    return save()
+    return state
 
 # ---------------------------------------------------------------------------------------------------- figures
 
@@ -448,17 +442,16 @@ def draw(out, rows, columns, sweeps, floor):
     ax.set_xticks([(i + 0.5) * W for i in range(n)], columns)
     ax.set_yticks([(i + 0.5) * H for i in range(R)], rows)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
-    ax.spines[:].set_visible(False)
     fig.savefig(out / "samples.png", dpi=100)
     if floor is not None:
         fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
         for kind, sweep in sweeps.items():
-            points = [(row["classifier_score"], row["frechet"]) for row in sweep]
-            ax.plot(*zip(*points), "o-", label=f"guidance: {kind}")
-            for row, point in zip(sweep, points):
-                ax.annotate(f"{row['w']:g}", point, (4, 4), textcoords="offset points", fontsize=8)
+            x, y = ([row[key] for row in sweep] for key in ("classifier_score", "frechet"))
+            ax.plot(x, y, "o-", label=f"guidance: {kind}")
+            for row, *point in zip(sweep, x, y):
+                ax.annotate(f"w={row['w']:g}", point, (4, 4), textcoords="offset points", fontsize=7)
         ax.axhline(floor, color="gray", linestyle=":", label="real images")
-        ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance", title="at each w")
+        ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance")
         ax.legend()
         fig.savefig(out / "tradeoff.png", dpi=100)
     plt.close("all")
@@ -466,10 +459,10 @@ def draw(out, rows, columns, sweeps, floor):
 # ------------------------------------------------------------------------------------------------------- main
 
 PRESETS = {
-    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], steps=2000, lr=2e-3),
+    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], steps=2000, lr=2e-3, batch=128),
     "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], steps=3600, lr=1e-3, batch=64),
 }
-QUICK = dict(channels=16, steps=30, warmup=10, num_samples=100, sampling_steps=5)
+QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5)
 OF_THE_RUN = "checkpoint resume out device data_dir seed quick num_samples classes w".split()
 
 def labels(text):
@@ -481,7 +474,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description="Classifier-free guidance (Ho & Salimans 2022).")
     p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
-    p.add_argument("--out", help="folder for all that is written; default runs/ddpm_conditional_cfg-<dataset>")
+    p.add_argument("--out", help="folder for what is written; default runs/ddpm_conditional_cfg-<dataset>")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
@@ -489,11 +482,9 @@ def get_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--T", type=int, default=1000, help="diffusion steps (paper: continuous time)")
     p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: cosine)")
-    p.add_argument("--p-uncond", type=float, default=0.1, help="share of labels dropped (paper: 0.1, 0.2, 0.5)")
+    p.add_argument("--p-uncond", type=float, default=0.1, help="share of labels dropped (paper: 0.1, 0.2)")
     p.add_argument("--steps", type=int, help="training steps; default by --dataset")
-    p.add_argument("--batch", type=int, default=128, help="images a training step")
     p.add_argument("--lr", type=float, help="Adam's learning rate; default by --dataset")
-    p.add_argument("--warmup", type=int, default=100, help="steps to the full --lr")
     p.add_argument("--ema", type=float, default=0.998, help="decay of the weights' moving average")
     p.add_argument("--guidance", nargs="+", choices=["free", "classifier"], default=["free", "classifier"])
     p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.5, 1, 2, 4], help="weights w of Eq. (6)")
@@ -517,11 +508,8 @@ def get_args(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
-    for name in ("T", "steps", "batch", "warmup", "sampling_steps", "num_samples"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < args.p_uncond < 1:
-        p.error("--p-uncond must lie between 0 and 1: the labels and the null token both need training")
+    if min(args.T, args.steps, args.sampling_steps, args.num_samples) < 1 or not 0 < args.p_uncond < 1:
+        p.error("--T, --steps, --sampling-steps, --num-samples start at 1; --p-uncond lies between 0 and 1")
     return args
 
 def main(args):
@@ -538,8 +526,9 @@ def main(args):
     shape = state["image_shape"] if state else list(real[0][0].shape[1:])
 
     torch.manual_seed(args.seed)
-    nets = nn.ModuleDict({"eps_theta": make_eps_theta(args, shape), "classifier": make_classifier(args, shape)})
-    ema = copy.deepcopy(nets.to(args.device)).requires_grad_(False).eval()
+    nets = {"eps_theta": make_eps_theta(args, shape), "classifier": make_classifier(args, shape)}
+    nets = nn.ModuleDict(nets).to(args.device)
+    ema = copy.deepcopy(nets).requires_grad_(False).eval()
     if state:
         nets.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
@@ -550,12 +539,11 @@ def main(args):
     if not args.checkpoint:
         state = train(args, nets, ema, s, *real[0], path, state)
 
-    metrics = {"script": "ddpm_conditional_cfg", "dataset": args.dataset, "seed": args.seed,
-               "device": args.device, "torch": torch.__version__, "steps": state["step"],
-               "params": sum(p.numel() for p in nets["eps_theta"].parameters()),
-               "params_classifier": sum(p.numel() for p in nets["classifier"].parameters()),
-               "loss": state["losses"][-100:].mean().item(), "seconds_train": state["seconds"],
-               "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": args.num_samples}
+    metrics = {"script": "ddpm_conditional_cfg", "torch": torch.__version__, "steps": state["step"]}
+    metrics |= {k: getattr(args, k) for k in "dataset seed device sampler sampling_steps num_samples".split()}
+    metrics |= {name: sum(p.numel() for p in net.parameters())
+                for name, net in (("params", nets["eps_theta"]), ("params_classifier", nets["classifier"]))}
+    metrics |= {"loss": state["losses"][-100:].mean().item(), "seconds_train": state["seconds"]}
     y = torch.tensor((args.classes * args.num_samples)[:args.num_samples], device=args.device)
     judged = real and len(y) > 64  # the covariance of 64 features needs more samples than that
     if judged:
@@ -564,10 +552,11 @@ def main(args):
         real = [[v[torch.isin(pair[1], y)] for v in pair] for pair in real]  # the classes asked for
         f_real, f_held = (judge[0](to_float(x)) for x in (real[0][0][:len(y)], real[1][0]))
         metrics |= {"held_out": len(f_held), "frechet_floor": frechet_distance(f_real, f_held)}
-        metrics |= {f"{k}_real": v for k, v in evaluate(*real[1], judge, f_held).items() if k != "frechet"}
+        metrics |= {"label_accuracy_real": evaluate(*real[1], judge, f_held)["label_accuracy"]}
     rows, sweeps, n = {}, {kind: [] for kind in args.guidance}, min(20, len(y))
     if real:  # above the samples, training images of the same labels
-        rows["data"] = torch.stack([real[0][0][real[0][1] == c][(y[:k] == c).sum()] for k, c in enumerate(y[:n])])
+        x, c = real[0]
+        rows["data"] = torch.stack([x[c == y[k]][(y[:k] == y[k]).sum()] for k in range(n)])
     for kind in sweeps:
         for w in args.w:
             images = sample(ema, kind, s, args, y, w, shape)
@@ -577,8 +566,7 @@ def main(args):
             print(f"{kind:<12}{f'w = {w:g} (scale 1 + w = {1 + w:g})':<30}{values}")
             rows[f"{kind}, w = {w:g}"] = images[:n]
             if kind == args.guidance[0] and w == min(args.w, key=abs):
-                arrays = images.permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()  # N, H, W, C and N
-                np.savez_compressed(out / "samples.npz", *arrays)
+                np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu(), y.cpu())  # N, H, W, C
     draw(out, rows, y[:n].tolist(), sweeps, metrics.get("frechet_floor"))
     metrics |= {f"sweep_{kind}" if i else "sweep": sweep for i, (kind, sweep) in enumerate(sweeps.items())}
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
