@@ -3,19 +3,18 @@
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
 predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's.
 
-    python ddpm_conditional_cfg.py                     # 8x8 digits, a sweep over w: @@ on two CPU cores
-    python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
-    python ddpm_conditional_cfg.py --resume --steps 4000                 # go on with the first run
-    python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --classes 3,7 --w 2
+    python ddpm_conditional_cfg.py                                  # 8x8 digits, sweep over w: @@ on two CPU cores
+    python ddpm_conditional_cfg.py --dataset mnist --guidance free  # 28x28 digits, one kind of guidance
+    python ddpm_conditional_cfg.py --resume --steps 4000            # go on with the first run
+    python ddpm_conditional_cfg.py --classes 3,7 --w 2 --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt
 
 @@NUMBERS
 
 Differs from the paper:
-  - Ho et al. 2020's T steps and schedule; the paper draws a continuous log-SNR. x_t, y are its z_λ, c.
-  - The sweep draws by DDIM in 50 steps; the paper's sampler is ancestral (nearest to it: --sampler ddpm).
+  - Ho et al. 2020's T steps and schedule, not a continuous log-SNR; the sweep draws by DDIM in 50 steps.
   - x̂_0 is clipped to [-1, 1] in sampling and the EMA is warmed up, for the reasons in ddpm_ho_2020.py.
-  - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are those of
-    a small classifier trained here. Compare them across w and with the floor, not with the paper's.
+  - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are from a
+    small classifier trained here. Compare them across w and with the floor, not with the paper's.
 
 Shapes: B batch, C channels, H height, W width, D embedding, K classes.
 """
@@ -44,20 +43,15 @@ def drop_labels(y, null, p_uncond):
 
 def l_cfg(eps_theta, s, x0, y, t, eps):
     """E |ε - ε_θ(√ᾱ_t x_0 + √(1 - ᾱ_t) ε, t, y)|², per dimension, some of the y being ∅.  Algorithm 1.
-
     x0 (B, C, H, W) in [-1, 1];  y, t (B,), t from 1..T;  eps like x0, drawn from N(0, I).  -> ()"""
     return F.mse_loss(eps_theta(s.q_sample(x0, t, eps), t, y), eps)
-
-def check_labels(y, null):
-    """ValueError unless all y lie in 0..null-1: too large a label in an embedding would take a GPU down."""
-    if not ((y >= 0) & (y < null)).all():
-        raise ValueError(f"labels lie in 0..{null - 1}; these do not: {y[(y < 0) | (y >= null)].tolist()}")
 
 def guided(eps_theta, y, null, w):
     """ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).  -> callable (x, t), for a sampler
     w = 0 is the conditional model and w = -1 the unconditional one, with one evaluation instead of two. Much
     other code calls 1 + w the scale.   y (B,) in 0..null-1, else ValueError."""
-    check_labels(y, null)
+    if y.min() < 0 or y.max() >= null:  # in an embedding, such a label would take the GPU down
+        raise ValueError(f"labels must lie in 0..{null - 1}, not {y.min()}..{y.max()}")
     none = torch.full_like(y, null)
     if w in (0, -1):
         return lambda x, t: eps_theta(x, t, none if w else y)
@@ -69,9 +63,9 @@ def guided(eps_theta, y, null, w):
 
 def classifier_guided(eps_theta, classifier, s, y, null, w):
     """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y|x_t).  Dhariwal & Nichol 2021, Algorithm 2.
-    ∇ log p(x_t) = -ε / √(1 - ᾱ_t), so the score is ∇ log p(x_t) + (1 + w) ∇ log p(y|x_t): if the models are exact,
-    that of Eq. (6), by Bayes' rule. Their scale is 1 + w; w = -1 asks no classifier. In ddpm_sample, unclipped,
-    it shifts μ_θ by (1 + w) β_t / √α_t ∇ log p(y|x_t): their Algorithm 1's s Σ ∇ log p(y|x_t), but for √α_t.
+    ∇ log p(x_t) = -ε / √(1 - ᾱ_t): the score is ∇ log p(x_t) + (1 + w) ∇ log p(y|x_t), by Bayes' rule that of
+    Eq. (6) if all are exact. Their scale is 1 + w; w = -1 asks no classifier. In ddpm_sample, unclipped, it
+    shifts μ_θ by (1 + w) β_t / √α_t ∇ log p(y|x_t): their Algorithm 1's s Σ ∇ log p(y|x_t), but for √α_t.
     classifier: any callable (x, t) -> logits (B, K) with a gradient in x.   -> callable (x, t)"""
     unconditional = guided(eps_theta, y, null, -1)
 
@@ -243,9 +237,7 @@ class UNet(nn.Module):
             h = block(torch.cat([h, skips.pop()], 1), emb)
         return self.out(h).to(x.dtype)  # bfloat16 under autocast, where the process stays in float32
 
-# ----------------------------------------------------------------------------- what guidance adds to the U-Net
-
-CLASSES = 10  # K, in both datasets; the null token ∅ is label 10
+CLASSES = 10  # K, in both datasets; ∅ is label 10. From here on it is what guidance adds to the U-Net.
 
 class ConditionalUNet(UNet):
     """ε_θ(x_t, t, y): the U-Net as it is; the embedding of y is added to that of t and goes wherever it goes.
@@ -279,8 +271,8 @@ def evaluate(images, y, judge, f_held):
     classifier_score = exp E KL(p(y | x) || p(y)), the Inception Score's formula: from 1 to K."""
     f = torch.cat([judge[0](to_float(x)) for x in images.split(500)])  # features (N, 64)
     log_p = judge[1](f).double().log_softmax(1)
-    kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1)
-    return {"frechet": frechet_distance(f, f_held), "classifier_score": kl.mean().exp().item(),
+    kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean()
+    return {"frechet": frechet_distance(f, f_held), "classifier_score": kl.exp().item(),
             "label_accuracy": (log_p.argmax(1) == y).float().mean().item()}
 
 # Copied from ddpm_ho_2020.py
@@ -356,11 +348,11 @@ def frechet_distance(a, b):
     root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # the trace of the root
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
-# -------------------------------------------------------------------------------- sampling and training loops
+# ------------------------------------------------------------------------------ sampling, training, figures
 
 @torch.no_grad()
 def sample(nets, kind, s, args, y, w, image_shape):
-    """Algorithm 2: an image for each label of y, by guidance of a kind (free, classifier).  -> uint8 (N, C, H, W)
+    """Algorithm 2: an image for each label of y by guidance of a kind (free, classifier), uint8 (N, C, H, W).
     The seed's noise for every kind and w, so that images can be held side by side."""
     images, steps, eps_theta = [], min(args.sampling_steps, s.T), nets["eps_theta"]
     torch.manual_seed(args.seed)
@@ -370,15 +362,14 @@ def sample(nets, kind, s, args, y, w, image_shape):
         eps_tilde, short = subchain(eps_tilde, s, steps)
         x = torch.randn(len(part), *image_shape, device=y.device)
         chain = (ddim_sample if args.sampler == "ddim" else ddpm_sample)(eps_tilde, short, x)
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=y.device.type == "cuda"):
-            for step in tqdm(chain, f"{kind}, w = {w:g}", steps, leave=False):
-                x = step[1]
+        for step in tqdm(chain, f"{kind}, w = {w:g}", steps, leave=False):
+            x = step[1]  # of (t, x_t, x̂_0)
         images.append(to_uint8(x))
     return torch.cat(images)
 
 def train(args, nets, ema, s, images, labels, path, state):
-    """Algorithm 1 and, beside it, the classifier of x_t, from state (a checkpoint, or None) to args.steps. Saves
-    to path each minute and at the end, and returns what it saved. Ctrl-C stops it after the step at hand."""
+    """Algorithm 1 and, beside it, the classifier of x_t, from state (a checkpoint, or None) to args.steps.
+    Ctrl-C stops it after the step at hand. Saves to path each minute and at the end; returns what it saved."""
     device, opt = images.device, torch.optim.Adam(nets.parameters(), args.lr)
     step, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=device)
     if state:  # which holds all that the next step depends on
@@ -393,28 +384,27 @@ def train(args, nets, ema, s, images, labels, path, state):
         done = stop or step >= args.steps
         if done or time.time() - saved > 60 or (step % 50 == 0 and not losses[:step].isfinite().all()):
             if not losses[:step].isfinite().all():
-                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
-                     + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint is saved yet"))
-            state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
+                fail(f"the loss is no longer finite at step {step}: try a smaller --lr; what {path} has is good")
+            state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": images.shape[1:],
                      "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
                      "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
                      "rng": torch.get_rng_state()}
             torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-            saved, _ = time.time(), Path(f"{path}.tmp").replace(path)
+            Path(f"{path}.tmp").replace(path)
+            saved = time.time()
         if done:
             break
         opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100)
         i = torch.randint(len(images), (args.batch,), device=device)
         t = torch.randint(1, s.T + 1, (args.batch,), device=device)
         x0, y, eps = to_float(images[i]), labels[i], torch.randn(args.batch, *images.shape[1:], device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = l_cfg(nets["eps_theta"], s, x0, drop_labels(y, CLASSES, args.p_uncond), t, eps)
-            logits = nets["classifier"](s.q_sample(x0, t, eps), t)  # shares only the noised images with ε_θ
+        loss = l_cfg(nets["eps_theta"], s, x0, drop_labels(y, CLASSES, args.p_uncond), t, eps)
+        logits = nets["classifier"](s.q_sample(x0, t, eps), t)  # shares only the noised images with ε_θ
         opt.zero_grad()
         (loss + F.cross_entropy(logits, y)).backward()
         size = sum(nn.utils.clip_grad_norm_(net.parameters(), 1.0) for net in nets.values())
         opt.step()
-        decay = min(args.ema, (1 + step) / (10 + step))
+        decay = min(0.998, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in nets.parameters()], 1 - decay)
         losses[step] = loss.detach() + 0 * size  # so that it is not finite if a gradient is not
         step += 1
@@ -427,34 +417,30 @@ def train(args, nets, ema, s, images, labels, path, state):
         print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
     return state
 
-# ---------------------------------------------------------------------------------------------------- figures
-
 def draw(out, rows, columns, sweeps, floor):
-    """samples.png: rows {name: uint8 (n, C, H, W)}, columns n labels. tradeoff.png, as the paper's figures:
-    Fréchet distance against classifier score along sweeps {kind: [{"w", ...}]}, if they were measured."""
-    import matplotlib
-    matplotlib.use("Agg")  # draws to files; no screen needed
-    import matplotlib.pyplot as plt
+    """samples.png: rows {name: uint8 (n, C, H, W)} under n column labels. tradeoff.png, like the paper's figures:
+    Fréchet distance against classifier score, along sweeps {kind: [{"w", ...}]} if floor is not None."""
+    from matplotlib.figure import Figure
     x = F.pad(torch.stack(list(rows.values())).cpu(), (1, 1, 1, 1), value=255)  # (rows, n, C, H + 2, W + 2)
     R, n, C, H, W = x.shape
-    fig, ax = plt.subplots(figsize=(1.8 + 0.6 * n, 0.3 + 0.6 * R * H / W), layout="constrained")
+    fig = Figure(figsize=(2.2 + 0.6 * n, 0.3 + 0.6 * R * H / W), layout="constrained")
+    ax = fig.subplots()
     ax.imshow(x.permute(0, 3, 1, 4, 2).reshape(R * H, n * W, C).expand(-1, -1, 3).numpy())
     ax.set_xticks([(i + 0.5) * W for i in range(n)], columns)
     ax.set_yticks([(i + 0.5) * H for i in range(R)], rows)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     fig.savefig(out / "samples.png", dpi=100)
     if floor is not None:
-        fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        fig = Figure(figsize=(6, 4), layout="constrained")
+        ax = fig.subplots(subplot_kw={"xlabel": "classifier score, exp E KL(p(y|x) || p(y))", "ylabel": "Fréchet distance"})
         for kind, sweep in sweeps.items():
             x, y = ([row[key] for row in sweep] for key in ("classifier_score", "frechet"))
             ax.plot(x, y, "o-", label=f"guidance: {kind}")
             for row, *point in zip(sweep, x, y):
                 ax.annotate(f"w={row['w']:g}", point, (4, 4), textcoords="offset points", fontsize=7)
         ax.axhline(floor, color="gray", linestyle=":", label="real images")
-        ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance")
         ax.legend()
         fig.savefig(out / "tradeoff.png", dpi=100)
-    plt.close("all")
 
 # ------------------------------------------------------------------------------------------------------- main
 
@@ -464,10 +450,6 @@ PRESETS = {
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5)
 OF_THE_RUN = "checkpoint resume out device data_dir seed quick num_samples classes w".split()
-
-def labels(text):
-    check_labels(torch.tensor(y := [int(c) for c in text.split(",")]), CLASSES)
-    return y
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset."""
@@ -485,29 +467,30 @@ def get_args(argv=None):
     p.add_argument("--p-uncond", type=float, default=0.1, help="share of labels dropped (paper: 0.1, 0.2)")
     p.add_argument("--steps", type=int, help="training steps; default by --dataset")
     p.add_argument("--lr", type=float, help="Adam's learning rate; default by --dataset")
-    p.add_argument("--ema", type=float, default=0.998, help="decay of the weights' moving average")
     p.add_argument("--guidance", nargs="+", choices=["free", "classifier"], default=["free", "classifier"])
     p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.5, 1, 2, 4], help="weights w of Eq. (6)")
-    p.add_argument("--classes", type=labels, default="0,1,2,3,4,5,6,7,8,9", help="of 0..9, to draw; as 3,7")
+    p.add_argument("--classes", default="0,1,2,3,4,5,6,7,8,9", help="labels to draw, in equal shares")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim")
     p.add_argument("--sampling-steps", type=int, default=50, help="steps of the sampler (paper: 128 to 1024)")
     p.add_argument("--num-samples", type=int, default=1000, help="per w (paper: 50000); 64 with --checkpoint")
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
     name = f"runs/ddpm_conditional_cfg-{args.dataset}"
-    p.set_defaults(**PRESETS[args.dataset] | (QUICK if args.quick else {}))
+    quick = QUICK if args.quick else {"num_samples": 64} if args.checkpoint else {}
+    p.set_defaults(**PRESETS[args.dataset] | quick)
     if args.checkpoint or args.resume:
         config = load_checkpoint(args.checkpoint or Path(args.out or name, "checkpoint.pt"))["config"]
         p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
-        p.set_defaults(num_samples=64 if args.checkpoint else 100 if args.quick else 1000)
     args = p.parse_args(argv)
     args.out = args.out or f"runs/ddpm_conditional_cfg-{args.dataset}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else
                                   "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
+        args.classes = [int(c) for c in args.classes.split(",")]
+        guided(None, torch.tensor(args.classes), CLASSES, 0)  # a ValueError now, not after the training
+    except (ValueError, RuntimeError, AssertionError) as e:
+        p.error(f"--device {args.device} or --classes {args.classes} does not fit: {str(e).splitlines()[0]}")
     if min(args.T, args.steps, args.sampling_steps, args.num_samples) < 1 or not 0 < args.p_uncond < 1:
         p.error("--T, --steps, --sampling-steps, --num-samples start at 1; --p-uncond lies between 0 and 1")
     return args
@@ -518,8 +501,8 @@ def main(args):
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
-        real = [[v.to(args.device) for v in pair] for pair in sets]  # each pair: images, labels
+        real = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
+        real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
     except OSError as e:
         if not args.checkpoint:  # which is all that sampling needs
             fail(e)
@@ -534,16 +517,13 @@ def main(args):
         ema.load_state_dict(state["ema"])
     s = make_schedule(args.schedule, args.T).to(args.device)
     if not state and path.exists():
-        kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
-        print(f"an earlier run's checkpoint is kept as {kept}")
-    if not args.checkpoint:
-        state = train(args, nets, ema, s, *real[0], path, state)
+        print("the earlier checkpoint is now", path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt"))
+    state = state if args.checkpoint else train(args, nets, ema, s, *real[0], path, state)
 
-    metrics = {"script": "ddpm_conditional_cfg", "torch": torch.__version__, "steps": state["step"]}
-    metrics |= {k: getattr(args, k) for k in "dataset seed device sampler sampling_steps num_samples".split()}
-    metrics |= {name: sum(p.numel() for p in net.parameters())
-                for name, net in (("params", nets["eps_theta"]), ("params_classifier", nets["classifier"]))}
-    metrics |= {"loss": state["losses"][-100:].mean().item(), "seconds_train": state["seconds"]}
+    metrics = {k: getattr(args, k) for k in "dataset seed device sampler sampling_steps num_samples".split()}
+    metrics |= {"script": "ddpm_conditional_cfg", "torch": torch.__version__, "steps": state["step"],
+                "params": sum(p.numel() for p in nets["eps_theta"].parameters()),
+                "seconds_train": state["seconds"], "loss": state["losses"][-100:].mean().item()}
     y = torch.tensor((args.classes * args.num_samples)[:args.num_samples], device=args.device)
     judged = real and len(y) > 64  # the covariance of 64 features needs more samples than that
     if judged:
@@ -557,24 +537,19 @@ def main(args):
     if real:  # above the samples, training images of the same labels
         x, c = real[0]
         rows["data"] = torch.stack([x[c == y[k]][(y[:k] == y[k]).sum()] for k in range(n)])
-    for kind in sweeps:
-        for w in args.w:
-            images = sample(ema, kind, s, args, y, w, shape)
-            row = evaluate(images, y, judge, f_held) if judged else {}
-            sweeps[kind].append({"w": w} | row)
-            values = "".join(f"   {k} {v:.4f}" for k, v in row.items())
-            print(f"{kind:<12}{f'w = {w:g} (scale 1 + w = {1 + w:g})':<30}{values}")
-            rows[f"{kind}, w = {w:g}"] = images[:n]
-            if kind == args.guidance[0] and w == min(args.w, key=abs):
-                np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu(), y.cpu())  # N, H, W, C
+    for kind, w in ((kind, w) for kind in sweeps for w in args.w):
+        images = sample(ema, kind, s, args, y, w, shape)
+        row = evaluate(images, y, judge, f_held) if judged else {}
+        print(f"{kind:<12}{f'w = {w:g} (scale 1 + w = {1 + w:g})':<28}", *(f"{k} {row[k]:.4f}" for k in row), sep="  ")
+        sweeps[kind].append({"w": w} | row)
+        rows[f"{kind}, w = {w:g}"] = images[:n]
+        if kind == args.guidance[0] and w == min(args.w, key=abs):
+            np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu(), y.cpu())  # N, H, W, C
     draw(out, rows, y[:n].tolist(), sweeps, metrics.get("frechet_floor"))
     metrics |= {f"sweep_{kind}" if i else "sweep": sweep for i, (kind, sweep) in enumerate(sweeps.items())}
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    for name, value in metrics.items():
-        if name != "config" and "sweep" not in name:
-            print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
-    print(f"figures in {out}: samples.png" + ", tradeoff.png" * bool(judged))
+    print(json.dumps({k: v for k, v in metrics.items() if k != "config" and "sweep" not in k}, indent=1))
     return metrics
 
 if __name__ == "__main__":
