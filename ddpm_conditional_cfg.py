@@ -3,10 +3,10 @@
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
 predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's.
 
-    python ddpm_conditional_cfg.py                                  # 8x8 digits, sweep over w: @@ on two CPU cores
-    python ddpm_conditional_cfg.py --dataset mnist --guidance free  # 28x28 digits, one kind of guidance
-    python ddpm_conditional_cfg.py --resume --steps 4000            # go on with the first run
-    python ddpm_conditional_cfg.py --classes 3,7 --w 2 --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt
+    python ddpm_conditional_cfg.py                             # 8x8 digits, sweep over w: @@ on two CPU cores
+    python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
+    python ddpm_conditional_cfg.py --resume --steps 4000                 # go on with the first run
+    python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --w 2
 
 @@NUMBERS
 
@@ -50,7 +50,7 @@ def guided(eps_theta, y, null, w):
     """ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).  -> callable (x, t), for a sampler
     w = 0 is the conditional model and w = -1 the unconditional one, with one evaluation instead of two. Much
     other code calls 1 + w the scale.   y (B,) in 0..null-1, else ValueError."""
-    if y.min() < 0 or y.max() >= null:  # in an embedding, such a label would take the GPU down
+    if y.min() < 0 or y.max() >= null:  # such a label in an embedding would take the GPU down
         raise ValueError(f"labels must lie in 0..{null - 1}, not {y.min()}..{y.max()}")
     none = torch.full_like(y, null)
     if w in (0, -1):
@@ -122,7 +122,7 @@ def subchain(eps_theta, s, steps):
     beta = torch.cat([alpha_bar[:1] * 0, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-12)])
     return (lambda x, i: eps_theta(x, grid[i])), Schedule(beta.cpu()).to(s.beta.device)
 
-# --------------------------------------------------------------------------------------------------- the U-Net
+# -------------------------------------------------------------------------------------------------- the U-Net
 
 # Copied from ddpm_ho_2020.py
 def norm(C):
@@ -304,10 +304,7 @@ def load_data(dataset, data_dir, download=True):
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
     from torchvision.datasets import MNIST
     try:
-        try:
-            sets = [MNIST(data_dir, train) for train in (True, False)]
-        except RuntimeError:  # not there
-            sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
+        sets = [MNIST(data_dir, train, download=download) for train in (True, False)]  # what is there stays
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
         raise OSError(f"MNIST was neither read nor downloaded ({type(e).__name__}). Put these, or .gz, in "
                       f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
@@ -327,8 +324,8 @@ def train_classifier(images, labels, steps, batch=128):
     """A small classifier of real images, in whose 64 features samples and real images are compared.
     uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head)"""
     features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(),
-                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                             nn.Dropout(0.2), nn.Linear(256, 64), nn.ReLU())
+                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                             nn.Dropout(0.2), nn.Linear(1024, 64), nn.ReLU())
     net = nn.Sequential(features, nn.Linear(64, int(labels.max()) + 1)).to(images.device)
     opt = torch.optim.Adam(net.parameters())
     for step in range(steps):
@@ -369,7 +366,7 @@ def sample(nets, kind, s, args, y, w, image_shape):
 
 def train(args, nets, ema, s, images, labels, path, state):
     """Algorithm 1 and, beside it, the classifier of x_t, from state (a checkpoint, or None) to args.steps.
-    Ctrl-C stops it after the step at hand. Saves to path each minute and at the end; returns what it saved."""
+    Ctrl-C stops it after the step at hand. Saves to path each minute and at the end; returns that state."""
     device, opt = images.device, torch.optim.Adam(nets.parameters(), args.lr)
     step, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=device)
     if state:  # which holds all that the next step depends on
@@ -384,7 +381,7 @@ def train(args, nets, ema, s, images, labels, path, state):
         done = stop or step >= args.steps
         if done or time.time() - saved > 60 or (step % 50 == 0 and not losses[:step].isfinite().all()):
             if not losses[:step].isfinite().all():
-                fail(f"the loss is no longer finite at step {step}: try a smaller --lr; what {path} has is good")
+                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is untouched")
             state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": images.shape[1:],
                      "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
                      "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
@@ -418,21 +415,20 @@ def train(args, nets, ema, s, images, labels, path, state):
     return state
 
 def draw(out, rows, columns, sweeps, floor):
-    """samples.png: rows {name: uint8 (n, C, H, W)} under n column labels. tradeoff.png, like the paper's figures:
-    Fréchet distance against classifier score, along sweeps {kind: [{"w", ...}]} if floor is not None."""
+    """samples.png: rows {name: uint8 (n, C, H, W)}, columns n labels. tradeoff.png, like the paper's figures:
+    Fréchet distance against classifier score along sweeps {kind: [{"w", ...}]}, if floor is not None."""
     from matplotlib.figure import Figure
     x = F.pad(torch.stack(list(rows.values())).cpu(), (1, 1, 1, 1), value=255)  # (rows, n, C, H + 2, W + 2)
     R, n, C, H, W = x.shape
-    fig = Figure(figsize=(2.2 + 0.6 * n, 0.3 + 0.6 * R * H / W), layout="constrained")
-    ax = fig.subplots()
+    ax = Figure(figsize=(2.2 + 0.6 * n, 0.3 + 0.6 * R * H / W), layout="constrained").subplots()
     ax.imshow(x.permute(0, 3, 1, 4, 2).reshape(R * H, n * W, C).expand(-1, -1, 3).numpy())
     ax.set_xticks([(i + 0.5) * W for i in range(n)], columns)
     ax.set_yticks([(i + 0.5) * H for i in range(R)], rows)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
-    fig.savefig(out / "samples.png", dpi=100)
+    ax.figure.savefig(out / "samples.png", dpi=100, bbox_inches="tight")
     if floor is not None:
-        fig = Figure(figsize=(6, 4), layout="constrained")
-        ax = fig.subplots(subplot_kw={"xlabel": "classifier score, exp E KL(p(y|x) || p(y))", "ylabel": "Fréchet distance"})
+        ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+        ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance")
         for kind, sweep in sweeps.items():
             x, y = ([row[key] for row in sweep] for key in ("classifier_score", "frechet"))
             ax.plot(x, y, "o-", label=f"guidance: {kind}")
@@ -440,7 +436,7 @@ def draw(out, rows, columns, sweeps, floor):
                 ax.annotate(f"w={row['w']:g}", point, (4, 4), textcoords="offset points", fontsize=7)
         ax.axhline(floor, color="gray", linestyle=":", label="real images")
         ax.legend()
-        fig.savefig(out / "tradeoff.png", dpi=100)
+        ax.figure.savefig(out / "tradeoff.png", dpi=100)
 
 # ------------------------------------------------------------------------------------------------------- main
 
@@ -456,9 +452,10 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description="Classifier-free guidance (Ho & Salimans 2022).")
     p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
-    p.add_argument("--out", help="folder for what is written; default runs/ddpm_conditional_cfg-<dataset>")
+    p.add_argument("--out", default="runs/ddpm_conditional_cfg-<dataset>", help="folder for the results")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else
+                   "mps" if torch.backends.mps.is_available() else "cpu")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
     p.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -473,24 +470,21 @@ def get_args(argv=None):
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim")
     p.add_argument("--sampling-steps", type=int, default=50, help="steps of the sampler (paper: 128 to 1024)")
     p.add_argument("--num-samples", type=int, default=1000, help="per w (paper: 50000); 64 with --checkpoint")
-
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
-    name = f"runs/ddpm_conditional_cfg-{args.dataset}"
     quick = QUICK if args.quick else {"num_samples": 64} if args.checkpoint else {}
     p.set_defaults(**PRESETS[args.dataset] | quick)
     if args.checkpoint or args.resume:
-        config = load_checkpoint(args.checkpoint or Path(args.out or name, "checkpoint.pt"))["config"]
+        out = args.out.replace("<dataset>", args.dataset)
+        config = load_checkpoint(args.checkpoint or Path(out, "checkpoint.pt"))["config"]
         p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
     args = p.parse_args(argv)
-    args.out = args.out or f"runs/ddpm_conditional_cfg-{args.dataset}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else
-                                  "mps" if torch.backends.mps.is_available() else "cpu")
+    args.out = args.out.replace("<dataset>", args.dataset)
     try:
         torch.empty(0, device=args.device)
         args.classes = [int(c) for c in args.classes.split(",")]
         guided(None, torch.tensor(args.classes), CLASSES, 0)  # a ValueError now, not after the training
     except (ValueError, RuntimeError, AssertionError) as e:
-        p.error(f"--device {args.device} or --classes {args.classes} does not fit: {str(e).splitlines()[0]}")
+        p.error(f"--classes {args.classes} or --device {args.device} does not work: {str(e).splitlines()[0]}")
     if min(args.T, args.steps, args.sampling_steps, args.num_samples) < 1 or not 0 < args.p_uncond < 1:
         p.error("--T, --steps, --sampling-steps, --num-samples start at 1; --p-uncond lies between 0 and 1")
     return args
@@ -525,14 +519,14 @@ def main(args):
                 "params": sum(p.numel() for p in nets["eps_theta"].parameters()),
                 "seconds_train": state["seconds"], "loss": state["losses"][-100:].mean().item()}
     y = torch.tensor((args.classes * args.num_samples)[:args.num_samples], device=args.device)
-    judged = real and len(y) > 64  # the covariance of 64 features needs more samples than that
-    if judged:
+    if judged := real and len(y) > 64:  # the covariance of 64 features needs more samples than that
         torch.manual_seed(args.seed)  # the same classifier for every run on this data: numbers compare
         judge = train_classifier(*real[0], min(1000, args.steps))
         real = [[v[torch.isin(pair[1], y)] for v in pair] for pair in real]  # the classes asked for
-        f_real, f_held = (judge[0](to_float(x)) for x in (real[0][0][:len(y)], real[1][0]))
-        metrics |= {"held_out": len(f_held), "frechet_floor": frechet_distance(f_real, f_held)}
-        metrics |= {"label_accuracy_real": evaluate(*real[1], judge, f_held)["label_accuracy"]}
+        f_real, f_held = (torch.cat([judge[0](to_float(x)) for x in images.split(500)])
+                          for images in (real[0][0][:len(y)], real[1][0]))
+        metrics |= {"frechet_floor": frechet_distance(f_real, f_held), "held_out": len(f_held),
+                    "label_accuracy_real": evaluate(*real[1], judge, f_held)["label_accuracy"]}
     rows, sweeps, n = {}, {kind: [] for kind in args.guidance}, min(20, len(y))
     if real:  # above the samples, training images of the same labels
         x, c = real[0]
@@ -540,7 +534,7 @@ def main(args):
     for kind, w in ((kind, w) for kind in sweeps for w in args.w):
         images = sample(ema, kind, s, args, y, w, shape)
         row = evaluate(images, y, judge, f_held) if judged else {}
-        print(f"{kind:<12}{f'w = {w:g} (scale 1 + w = {1 + w:g})':<28}", *(f"{k} {row[k]:.4f}" for k in row), sep="  ")
+        print(f"{kind}, w = {w:g} (scale 1 + w = {1 + w:g})", *(f"{k} {row[k]:.4f}" for k in row), sep="   ")
         sweeps[kind].append({"w": w} | row)
         rows[f"{kind}, w = {w:g}"] = images[:n]
         if kind == args.guidance[0] and w == min(args.w, key=abs):

@@ -156,8 +156,8 @@ class UNet(nn.Module):
         C, H, W = image_shape
         factor = 2 ** (len(multipliers) - 1)
         if H % factor or W % factor:
-            raise ValueError(f"images of {H}x{W} do not fit: {len(multipliers)} --multipliers need a height and "
-                             f"width that {factor} divides")
+            raise ValueError(f"images of {H}x{W} do not fit {len(multipliers)} --multipliers, which need a "
+                             f"height and a width that {factor} divides")
         D = 4 * channels if time_embedding else 0
         self.channels, widths = channels, [channels * m for m in multipliers]
         self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D)) if D else None
@@ -234,7 +234,7 @@ def load_data(dataset, data_dir, download=True):
         except RuntimeError:  # not there
             sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"no MNIST, neither read nor downloaded ({type(e).__name__}). Put these, or each as .gz, into "
+        raise OSError(f"MNIST was neither read nor downloaded ({type(e).__name__}). Put these, or .gz, in "
                       f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
                       "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST by "
                       "--data-dir. --dataset digits needs no download") from e
@@ -276,7 +276,7 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
 def evaluate(samples, train, held_out, steps, seed):
-    """Samples against held-out images, and as many training images against those: the floor.  uint8 -> dict"""
+    """Samples against held-out images, and as many training images likewise: the floor.  uint8 -> dict"""
     torch.manual_seed(seed)  # the same classifier for every run on this data, so that distances compare
     net = train_classifier(*train, steps)
     real = train[0][torch.randperm(len(train[0]), device=samples.device)[:len(samples)]]

@@ -4,10 +4,10 @@ The forward process adds Gaussian noise in T small steps, or in one jump (Ho et 
     q(x_t | x_{t-1}) = N(√(1 - β_t) x_{t-1}, β_t I),   t = 1..T
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1 - ᾱ_t) I),       α_t = 1 - β_t,  ᾱ_t = α_1 α_2 ... α_t
 
-The index is the papers' t. Tables have T + 1 entries, beta[0] = 0 and alpha_bar[0] = 1 (t = 0 is the data; it
-is never trained or sampled), so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last moment.
+The index is the papers' t. Tables have T + 1 entries, beta[0] = 0 and alpha_bar[0] = 1 (t = 0 is the data),
+so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last moment.
 
-    python schedules.py      # draws every schedule and what it does to data into runs/schedules, 6 s on two cores
+    python schedules.py           # draws every schedule and what it does to data, into runs/schedules
 
 Add your own: a function of T that returns beta, under @schedule, appears in these figures, in every script's
 --schedule and in the tests.
@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 SCHEDULES = {}  # name -> function of T that gives beta: float64, (T+1,), beta[0] = 0, 0 < beta[1:] < 1
 
@@ -31,9 +32,7 @@ def schedule(f):
 
 def from_alpha_bar(alpha_bar):
     """β_t = 1 - ᾱ_t / ᾱ_{t-1}, at most 0.999 as Nichol & Dhariwal bound it.  ᾱ_0..ᾱ_T (T+1,) -> (T+1,)"""
-    beta = torch.zeros_like(alpha_bar)
-    beta[1:] = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    return beta
+    return F.pad((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999), (1, 0))  # β_0 = 0
 
 def time(T):
     """t/T for t = 0..T, float64, shape (T+1,)."""
@@ -42,18 +41,18 @@ def time(T):
 @schedule
 def linear(T):
     """β_t evenly spaced from 1e-4 to 0.02.  Ho et al. 2020, Sec. 4, for T = 1000; here times 1000/T."""
-    beta = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
-    return (beta * 1000 / T).clamp(max=0.999)  # shorter chains need larger steps to destroy as much
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # fewer steps must be larger
+    return F.pad(beta.clamp(max=0.999), (1, 0))  # β_0 = 0
 
 @schedule
 def quadratic(T):
     """√β_t evenly spaced, with the ends of linear.  Tried by Ho et al. 2020, Sec. 4."""
-    beta = torch.cat([torch.zeros(1), torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2])
-    return (beta * 1000 / T).clamp(max=0.999)
+    beta = torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2 * 1000 / T
+    return F.pad(beta.clamp(max=0.999), (1, 0))
 
 @schedule
 def constant(T):
-    """The same β at every t, about 0.01 for T = 1000, so that ᾱ_T = e^-10.  Tried by Ho et al. 2020, Sec. 4."""
+    """The same β at every t, 0.01 for T = 1000: ᾱ_t = e^(-10 t/T).  Tried by Ho et al. 2020, Sec. 4."""
     return from_alpha_bar(torch.exp(-10 * time(T)))
 
 @schedule
@@ -72,9 +71,9 @@ def sigmoid(T):
 def geometric(T):
     """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.
 
-    They add noise without shrinking the data, x_0 + σ_t z; dividing by √(1 + σ_t²) keeps the variance at 1, so
+    They add noise without shrinking the data, x_0 + σ_t z; divided by √(1 + σ_t²) the variance stays 1, and
     ᾱ_t = 1 / (1 + σ_t²). The top is 50 as in their paper of 2020: 2019's 1 leaves 0.71 of the signal."""
-    sigma = torch.cat([torch.zeros(1), torch.logspace(-2, math.log10(50), T, dtype=torch.float64)])
+    sigma = F.pad(torch.logspace(-2, math.log10(50), T, dtype=torch.float64), (1, 0))  # σ_0 = 0
     return from_alpha_bar(1 / (1 + sigma ** 2))
 
 @schedule
@@ -84,14 +83,14 @@ def inverse(T):
     return from_alpha_bar(1 - time(T))
 
 def like(c, x):
-    """Coefficients, one per example or one for all, cast and shaped to multiply x.  (B,) or () -> (B, 1, ..., 1)"""
+    """Coefficients, one per example or one for all, cast and shaped to multiply x.  (B,) -> (B, 1, ..., 1)"""
     return c.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 class Schedule:
     """The tables of one schedule, indexed by the paper's t, and the two distributions of q in closed form.
 
-    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: samplers start from N(0, I),
-    which is then not where the forward process ends (the usual cause: betas for T = 1000 used with a smaller T)."""
+    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: sampling starts from
+    N(0, I), which is then not where q ends (the usual cause: betas for T = 1000 with a smaller T)."""
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64)
@@ -105,8 +104,8 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
         left = self.alpha_bar[-1].sqrt().item()
         if left > 0.1:
-            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal at T = {self.T}, "
-                          "but sampling starts from pure noise", stacklevel=2)
+            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal, but samplers "
+                          "start from pure noise", stacklevel=2)
 
     def to(self, device):
         """Move the tables. They stay float64, except on Apple's MPS, which has only float32."""
@@ -134,7 +133,7 @@ class Schedule:
         return mu_tilde, like(self.beta_tilde[t], xt)
 
 def make_schedule(name, T):
-    """The Schedule called name (a key of SCHEDULES) with T steps. ValueError for another name or T < 1."""
+    """The schedule of SCHEDULES called name, with T steps. ValueError for another name or T < 1."""
     if name not in SCHEDULES:
         raise ValueError(f"no schedule is called {name!r}; there are: {', '.join(SCHEDULES)}")
     if T < 1:
@@ -143,12 +142,12 @@ def make_schedule(name, T):
 
 # --------------------------------------------------- the first practical: what does a schedule do to data?
 
-def accuracy_at(s, t, train, test, eps):
-    """Accuracy of the nearest neighbour of digits noised to step t among √ᾱ_t x_0 of clean training digits: the
-    likeliest x_0, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  train, test: pairs (x (N, D), label (N,))"""
+def accuracy_at(s, t, x, y, eps):
+    """Accuracy of the nearest neighbour of noised digits (the last 500) among √ᾱ_t x_0 of the clean others: the
+    likeliest, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  x (N, D), labels y (N,), eps (500, D)"""
     from sklearn.neighbors import KNeighborsClassifier
-    nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * train[0], train[1])
-    return nearest.score(s.q_sample(test[0], t, eps), test[1])
+    nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])
+    return nearest.score(s.q_sample(x[-500:], t, eps), y[-500:])
 
 def main(args):
     """Draw schedules.png and destruction.png, measure how long structure lives.  -> {schedule: numbers}"""
@@ -158,34 +157,31 @@ def main(args):
     from sklearn.datasets import load_digits, make_swiss_roll
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x) / 8 - 1  # grey levels 0..16 -> [-1, 1]
-    train, test = (x[:1297], y[:1297]), (x[1297:], y[1297:])
     roll = torch.tensor(make_swiss_roll(2000, noise=0.02, random_state=args.seed)[0][:, [0, 2]])
     roll = (roll - roll.mean(0)) / roll.std(0)
     torch.manual_seed(args.seed)
-    eps, eps_roll = torch.randn_like(test[0]), torch.randn_like(roll)  # the same noise in every row and column
+    eps, eps_roll = torch.randn_like(x[-500:]), torch.randn_like(roll)  # the same noise for all
 
     all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
-    ts = torch.linspace(0, args.T, min(args.T, 10 if args.quick else 50) + 1).round().long()
-    accuracy = {name: [accuracy_at(s, t, train, test, eps) for t in ts] for name, s in all_s.items()}
-    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(),
-                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1)}
+    ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
+    accuracy = {name: [accuracy_at(s, t, x, y, eps) for t in ts] for name, s in all_s.items()}
+    lives = {name: sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1) for name in all_s}
+    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": lives[name]}
                for name, s in all_s.items()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     fig, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     for name, s in all_s.items():
-        u = time(args.T)[1:].numpy()
-        axes[0].semilogy(u, s.beta[1:].numpy(), label=name)
-        axes[1].plot(u, s.alpha_bar[1:].sqrt().numpy())
-        axes[2].plot(u, s.snr[1:].log().numpy())
+        for ax, table in zip(axes, (s.beta, s.alpha_bar.sqrt(), s.snr.log())):
+            ax.plot(time(args.T)[1:].numpy(), table[1:].numpy(), label=name)
         axes[3].plot((ts / args.T).numpy(), accuracy[name])
     for ax, title in zip(axes, ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")):
-        ax.set(title=title, xlabel="t/T")
+        ax.set(title=title, xlabel="t/T", yscale="log" if ax is axes[0] else "linear")
     axes[0].legend(fontsize=8)
     fig.savefig(f"{args.out}/schedules.png", dpi=100)
 
     columns = torch.linspace(0, args.T, 7).round().long()
-    fig, axes = plt.subplots(len(all_s), 14, figsize=(14, 1.05 * len(all_s)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(all_s), 14, figsize=(14, 1.05 * len(all_s)), layout="constrained")
     for row, (name, s) in zip(axes, all_s.items()):
         for i, t in enumerate(columns):
             row[i].scatter(*s.q_sample(roll, t, eps_roll).T.numpy(), s=0.2, linewidths=0, c="k")
@@ -206,10 +202,9 @@ def main(args):
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Draw every noise schedule and what it does to data.")
-    p.add_argument("--T", type=int, default=1000, help="number of diffusion steps (Ho et al. 2020: 1000)")
+    p.add_argument("--T", type=int, default=1000, help="diffusion steps (Ho et al. 2020: 1000)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs/schedules", help="folder for the figures")
-    p.add_argument("--quick", action="store_true", help="fewer points on the accuracy curve")
     args = p.parse_args(argv)
     return args if args.T > 1 else p.error("--T must be at least 2")
 
