@@ -229,10 +229,7 @@ def load_data(dataset, data_dir, download=True):
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
     from torchvision.datasets import MNIST
     try:
-        try:
-            sets = [MNIST(data_dir, train) for train in (True, False)]
-        except RuntimeError:  # not there
-            sets = [MNIST(data_dir, train, download=download) for train in (True, False)]
+        sets = [MNIST(data_dir, train, download=download) for train in (True, False)]  # what is there stays
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
         raise OSError(f"MNIST was neither read nor downloaded ({type(e).__name__}). Put these, or .gz, in "
                       f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
@@ -254,8 +251,8 @@ def train_classifier(images, labels, steps, batch=128):
     """A small classifier of real images, in whose 64 features samples and real images are compared.
     uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head)"""
     features = nn.Sequential(conv3(images.shape[1], 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(),
-                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                             nn.Dropout(0.2), nn.Linear(256, 64), nn.ReLU())
+                             conv3(64, 64, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                             nn.Dropout(0.2), nn.Linear(1024, 64), nn.ReLU())
     net = nn.Sequential(features, nn.Linear(64, int(labels.max()) + 1)).to(images.device)
     opt = torch.optim.Adam(net.parameters())
     for step in range(steps):
@@ -287,8 +284,7 @@ def evaluate(samples, train, held_out, steps, seed):
             "confident_share": (p.amax(1) > 0.9).float().mean().item(),
             "confident_share_real": (p_held.amax(1) > 0.9).float().mean().item(),
             "rarest_class_share": p.argmax(1).bincount(minlength=p.shape[1]).min().item() / len(p),
-            "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item(),
-            "held_out": len(f_held)}
+            "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item()}
 
 # -------------------------------------------------------------------------------- sampling and training loops
 
@@ -338,8 +334,7 @@ def train(args, net, ema, s, images, path, state):
 
     def save():
         if not losses[:step].isfinite().all():
-            fail(f"the loss is no longer finite at step {step}: try a smaller --lr. "
-                 + (f"The last good checkpoint is {path}" if path.exists() else "No checkpoint is saved yet"))
+            fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as last saved")
         state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
                  "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
                  "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
@@ -376,9 +371,7 @@ def train(args, net, ema, s, images, path, state):
             if not losses[step - 50:step].isfinite().all():
                 save()  # which refuses, and ends the run
         if step in milestones:
-            few = {"sampler": "ddim", "sampling_steps": min(50, args.sampling_steps or s.T)}
-            few = argparse.Namespace(**{**vars(args), **few})
-            snapshots[step] = sample(ema, s, few, 16, images.shape[1:])[0].cpu()
+            snapshots[step] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
             draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
         if time.time() - saved > 60:
             save()
@@ -408,7 +401,7 @@ def draw_rows(path, rows, columns=()):
     if columns:
         axes[0, 0].xaxis.tick_top()
         axes[0, 0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(fig)
 
 def draw_all(out, images, frames, real, losses):
@@ -424,9 +417,9 @@ def draw_all(out, images, frames, real, losses):
     rows = {name + " " * k: to_uint8(torch.stack([c[i][k] for c in columns]))
             for k in range(min(3, len(images))) for i, name in ((1, "x_t"), (2, "x̂_0"))}
     draw_rows(out / "progressive.png", rows, [f"t={t}" for t, _, _ in columns])
+    frames = frames[::-1][::len(frames) // 40 + 1][::-1]  # some 30 of them, the last included
     gif = [make_grid(to_uint8(xt), 4).permute(1, 2, 0).cpu().numpy() for _, xt, _ in frames]
     gif = [Image.fromarray(a).resize((256, 256 * a.shape[0] // a.shape[1]), Image.NEAREST) for a in gif]
-    gif = gif[::-1][::len(gif) // 40 + 1][::-1]  # some 30 of them, the last included
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
     import matplotlib.pyplot as plt
     k = max(1, len(losses) // 100)  # the mean of each hundredth of the run
@@ -441,7 +434,7 @@ def draw_all(out, images, frames, real, losses):
 
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
     "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.0, flip=False,
-                   steps=2000, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250),
+                   steps=1700, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250),
     "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], dropout=0.0, flip=False,
                   steps=3600, lr=1e-3, warmup=200, ema=0.998, sampling_steps=100, batch=64),
 }
@@ -482,9 +475,9 @@ def get_args(argv=None):
     p.add_argument("--num-samples", type=int, default=1000, help="(paper: 50000); 64 with --checkpoint")
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
-    name = f"runs/ddpm_ho_2020-{args.dataset}"
     if args.checkpoint or args.resume:
-        config = load_checkpoint(args.checkpoint or Path(args.out or name, "checkpoint.pt"))["config"]
+        out = args.out or f"runs/ddpm_ho_2020-{args.dataset}"
+        config = load_checkpoint(args.checkpoint or f"{out}/checkpoint.pt")["config"]
         p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
         p.set_defaults(num_samples=64 if args.checkpoint else 1000)
     else:
@@ -493,8 +486,8 @@ def get_args(argv=None):
         p.set_defaults(**QUICK)
     args = p.parse_args(argv)
     args.out = args.out or f"runs/ddpm_ho_2020-{args.dataset}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else
-                                  "mps" if torch.backends.mps.is_available() else "cpu")
+    mps = torch.backends.mps.is_available()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
@@ -544,7 +537,6 @@ def main(args):
                "params": sum(p.numel() for p in net.parameters()),
                "loss": losses[-max(1, len(losses) // 20):].mean().item(), "seconds_train": state["seconds"],
                "images_per_second": state["step"] * state["config"]["batch"] / state["seconds"],
-               "sampler": args.sampler, "sampling_steps": args.sampling_steps, "num_samples": len(images),
                "seconds_sample": time.time() - drawn}
     if real and len(images) > 64:  # the covariance of 64 features needs more samples than that
         metrics |= evaluate(images, *real, min(1000, args.steps), args.seed)

@@ -57,9 +57,9 @@ def test_cfg_classifier_guidance_shifts_the_mean():
     assert (steered - plain).allclose(shift, rtol=1e-9, atol=1e-12) and shift.abs().max() > 1e-3
 
 def network():
-    """A U-Net whose every weight is drawn, as its last layer starts at 0.  float64"""
+    """A conditional U-Net with no weight at 0, where its last layer starts."""
     torch.manual_seed(0)
-    net = cfg.make_eps_theta(cfg.get_args(["--quick"]), (1, 8, 8)).double().requires_grad_(False)
+    net = cfg.make_eps_theta(cfg.get_args(["--quick"]), (1, 8, 8)).requires_grad_(False)
     for p in net.parameters():
         p.add_(0.1 * torch.randn_like(p))
     return net
@@ -70,17 +70,17 @@ def test_cfg_w_is_the_papers():
     def eps_theta(x, t, y):
         calls.append(len(x))
         return net(x, t, y)
-    x, t, y = randn(4, 1, 8, 8), torch.tensor([1, 10, 500, 1000]), torch.tensor([0, 3, 9, 3])
+    x, t, y = randn(4, 1, 8, 8).float(), torch.tensor([1, 10, 500, 1000]), torch.tensor([0, 3, 9, 3])
     eps = {w: cfg.guided(eps_theta, y, 10, w)(x, t) for w in (-1, 0, 0.5, 1, 4)}
     assert calls == [4, 4, 8, 8, 8]  # one evaluation at w = -1 and w = 0, else both in one batch
     assert torch.equal(eps[0], net(x, t, y)) and torch.equal(eps[-1], net(x, t, torch.full((4,), 10)))
     assert (eps[0] - eps[-1]).abs().amax((1, 2, 3)).min() > 1e-3  # labels matter
     for w in (0.5, 1, 4):  # linear in w, so two points tell the rest
-        assert eps[w].allclose(eps[0] + w * (eps[0] - eps[-1]), rtol=1e-9, atol=1e-12)
+        assert eps[w].allclose(eps[0] + w * (eps[0] - eps[-1]), rtol=1e-4, atol=1e-4)
 
 def test_cfg_label_is_added_to_time():
     """With label embeddings of 0 the network is the U-Net that it was made from."""
-    net, x, t, y = network(), randn(3, 1, 8, 8), torch.tensor([1, 9, 99]), torch.tensor([0, 5, 10])
+    net, x, t, y = network(), randn(3, 1, 8, 8).float(), torch.tensor([1, 9, 99]), torch.tensor([0, 5, 10])
     net.label.weight.zero_()
     assert torch.equal(net(x, t, y), ddpm.UNet.forward(net, x, t)) and not net.embed._forward_hooks
 
@@ -108,14 +108,15 @@ def test_cfg_labels_are_dropped_one_by_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist"])
 def test_cfg_quick(tmp_path, dataset):
+    w = [-1, 0, 0.5, 1, 2, 4] if dataset == "digits" else [-1, 1]
     if dataset == "mnist":
         write_mnist(tmp_path)
-    m = run("--quick", dataset=dataset, data_dir=tmp_path, out=tmp_path / "out", script=cfg)
+    m = run("--quick", "--w", *w, dataset=dataset, data_dir=tmp_path, out=tmp_path / "out", script=cfg)
     assert m == json.loads((tmp_path / "out" / "metrics.json").read_text())
     keys = "script dataset seed device torch steps params seconds_train seconds_total config frechet_floor"
     assert set(keys.split()) <= m.keys()
     for sweep in (m["sweep"], m["sweep_classifier"]):
-        assert [row["w"] for row in sweep] == [-1, 0, 0.5, 1, 2, 4]
+        assert [row["w"] for row in sweep] == w
         assert all({"frechet", "classifier_score", "label_accuracy"} < row.keys() for row in sweep)
         assert all(1 <= row["classifier_score"] <= 10 for row in sweep)
     assert m["sweep"][0] == m["sweep_classifier"][0]  # w = -1: the unconditional model, twice
