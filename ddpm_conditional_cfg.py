@@ -1,7 +1,8 @@
 """Classifier-Free Diffusion Guidance.  Ho & Salimans 2022, arXiv 2207.12598.
 
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
-predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's.
+predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's,
+and Ho et al. 2020's in what is copied from there.
 
     python ddpm_conditional_cfg.py                             # 8x8 digits, sweep over w: @@ on two CPU cores
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
@@ -270,10 +271,10 @@ def evaluate(images, y, judge, f_held):
     """Samples drawn for labels y, by a classifier of clean images.  uint8 (N, C, H, W), (N,), (M, 64) -> dict
     classifier_score = exp E KL(p(y | x) || p(y)), the Inception Score's formula: from 1 to K."""
     f = torch.cat([judge[0](to_float(x)) for x in images.split(500)])  # features (N, 64)
-    log_p = judge[1](f).double().log_softmax(1)
+    log_p = judge[1](f).cpu().double().log_softmax(1)
     kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean()
     return {"frechet": frechet_distance(f, f_held), "classifier_score": kl.exp().item(),
-            "label_accuracy": (log_p.argmax(1) == y).float().mean().item()}
+            "label_accuracy": (log_p.argmax(1) == y.cpu()).float().mean().item()}
 
 # Copied from ddpm_ho_2020.py
 def fail(message):
@@ -452,7 +453,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description="Classifier-free guidance (Ho & Salimans 2022).")
     p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
-    p.add_argument("--out", default="runs/ddpm_conditional_cfg-<dataset>", help="folder for the results")
+    p.add_argument("--out", default="runs/ddpm_conditional_cfg-DATASET", help="folder for the results")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else
                    "mps" if torch.backends.mps.is_available() else "cpu")
@@ -474,11 +475,10 @@ def get_args(argv=None):
     quick = QUICK if args.quick else {"num_samples": 64} if args.checkpoint else {}
     p.set_defaults(**PRESETS[args.dataset] | quick)
     if args.checkpoint or args.resume:
-        out = args.out.replace("<dataset>", args.dataset)
-        config = load_checkpoint(args.checkpoint or Path(out, "checkpoint.pt"))["config"]
-        p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
+        old = load_checkpoint(args.checkpoint or args.out.replace("DATASET", args.dataset) + "/checkpoint.pt")
+        p.set_defaults(**{k: v for k, v in old["config"].items() if k not in OF_THE_RUN})
     args = p.parse_args(argv)
-    args.out = args.out.replace("<dataset>", args.dataset)
+    args.out = args.out.replace("DATASET", args.dataset)
     try:
         torch.empty(0, device=args.device)
         args.classes = [int(c) for c in args.classes.split(",")]
@@ -513,7 +513,6 @@ def main(args):
     if not state and path.exists():
         print("the earlier checkpoint is now", path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt"))
     state = state if args.checkpoint else train(args, nets, ema, s, *real[0], path, state)
-
     metrics = {k: getattr(args, k) for k in "dataset seed device sampler sampling_steps num_samples".split()}
     metrics |= {"script": "ddpm_conditional_cfg", "torch": torch.__version__, "steps": state["step"],
                 "params": sum(p.numel() for p in nets["eps_theta"].parameters()),

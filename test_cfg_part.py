@@ -9,25 +9,27 @@ import torch
 import ddpm_conditional_cfg as cfg
 import ddpm_ho_2020 as ddpm
 from schedules import make_schedule
-from test_all import expect_exit, randn, run, write_mnist  # dropped when merged
+from test_all import expect_exit, randn, run, write_mnist  # not needed inside test_all.py
 
 # ------------------------------------------------------------------------------------ ddpm_conditional_cfg.py
 
 K, MEANS, VARIANCE = 3, randn(3, 2, seed=1), 0.3  # three Gaussian classes in the plane, as likely as each other
 
 def gaussian_classes(s):
-    """Exact ε(x, t, y), with y = K for all classes together, and exact log p(x_t, y) of N(m_y, v I)."""
+    """Exact ε(x, t, y), where y = K is all classes together, and exact log p(x_t, y) + const of N(m_y, v I)."""
     def parts(x, t):
         alpha_bar = s.alpha_bar[t][:, None]
-        variance = alpha_bar * VARIANCE + 1 - alpha_bar  # (B, 1)
         away = x[:, None] - alpha_bar[..., None].sqrt() * MEANS  # (B, K, 2)
-        return alpha_bar, variance, away, -away.square().sum(2) / (2 * variance)
+        return alpha_bar, away, alpha_bar * VARIANCE + 1 - alpha_bar
+
+    def log_p(x, t):
+        return -parts(x, t)[1].square().sum(2) / (2 * parts(x, t)[2])
 
     def eps_theta(x, t, y):
-        alpha_bar, variance, away, log_p = parts(x, t)
-        p = torch.where((y == K)[:, None], log_p.softmax(1), torch.eye(K + 1).double()[y][:, :K])
+        alpha_bar, away, variance = parts(x, t)
+        p = torch.where((y == K)[:, None], log_p(x, t).softmax(1), torch.eye(K + 1).double()[y][:, :K])
         return (1 - alpha_bar).sqrt() * (p[..., None] * away).sum(1) / variance
-    return eps_theta, lambda x, t: parts(x, t)[3]
+    return eps_theta, log_p
 
 @pytest.mark.parametrize("w", [-1, -0.5, 0, 1, 4])
 @pytest.mark.parametrize("kind", ["free", "classifier"])
@@ -78,17 +80,18 @@ def test_cfg_w_is_the_papers():
     for w in (0.5, 1, 4):  # linear in w, so two points tell the rest
         assert eps[w].allclose(eps[0] + w * (eps[0] - eps[-1]), rtol=1e-4, atol=1e-4)
 
-def test_cfg_label_is_added_to_time():
+def test_cfg_unet_is_unchanged():
     """With label embeddings of 0 the network is the U-Net that it was made from."""
-    net, x, t, y = network(), randn(3, 1, 8, 8).float(), torch.tensor([1, 9, 99]), torch.tensor([0, 5, 10])
+    net, x, t = network(), randn(3, 1, 8, 8).float(), torch.tensor([1, 9, 99])
     net.label.weight.zero_()
-    assert torch.equal(net(x, t, y), ddpm.UNet.forward(net, x, t)) and not net.embed._forward_hooks
+    assert torch.equal(net(x, t, torch.tensor([0, 5, 10])), cfg.UNet.forward(net, x, t))
 
-@pytest.mark.parametrize("y", [[0, 10], [-1, 0]])
-def test_cfg_labels_out_of_range(y):
-    for guide in (cfg.guided, lambda *a: cfg.classifier_guided(a[0], None, None, *a[1:])):
+def test_cfg_labels_out_of_range():
+    for y in ([0, 10], [-1, 0]):
         with pytest.raises(ValueError, match=r"labels must lie in 0\.\.9"):
-            guide(None, torch.tensor(y), 10, 1)
+            cfg.guided(None, torch.tensor(y), 10, 1)
+        with pytest.raises(ValueError, match=r"labels must lie in 0\.\.9"):
+            cfg.classifier_guided(None, None, None, torch.tensor(y), 10, 1)
 
 def test_cfg_labels_are_dropped_one_by_one(tmp_path, monkeypatch):
     torch.manual_seed(0)
@@ -98,59 +101,54 @@ def test_cfg_labels_are_dropped_one_by_one(tmp_path, monkeypatch):
     assert (dropped == 10).double().mean() == pytest.approx(0.3, abs=5 * (0.21 / 1e5) ** 0.5)
     batches, l_cfg = [], cfg.l_cfg
     monkeypatch.setattr(cfg, "l_cfg", lambda *a: batches.append(a[3]) or l_cfg(*a))
-    run("--quick", "--p-uncond=0.2", "--num-samples=20", "--w=0", out=tmp_path, steps=20, script=cfg)
+    run("--quick", "--p-uncond=0.2", "--num-samples=20", "--w=0", out=tmp_path, steps=12, script=cfg)
     share = (torch.stack(batches) == 10).double().mean(1)  # of each training batch
-    assert 0 < share.min() and share.max() < 0.5 and share.mean() == pytest.approx(0.2, abs=0.04)
+    assert 0 < share.min() and share.max() < 0.5 and share.mean() == pytest.approx(0.2, abs=0.05)
     torch.manual_seed(0)
     before = cfg.make_eps_theta(cfg.get_args(["--quick"]), (1, 8, 8)).state_dict()["label.weight"]
     trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["net"]["eps_theta.label.weight"]
     assert (trained - before).abs().amax(1).min() > 1e-4  # every row, the null token's too
 
-@pytest.mark.parametrize("dataset", ["digits", "mnist"])
-def test_cfg_quick(tmp_path, dataset):
-    w = [-1, 0, 0.5, 1, 2, 4] if dataset == "digits" else [-1, 1]
-    if dataset == "mnist":
-        write_mnist(tmp_path)
-    m = run("--quick", "--w", *w, dataset=dataset, data_dir=tmp_path, out=tmp_path / "out", script=cfg)
-    assert m == json.loads((tmp_path / "out" / "metrics.json").read_text())
+def test_cfg_quick(tmp_path):
+    m = run("--quick", out=tmp_path, script=cfg)
+    assert m == json.loads((tmp_path / "metrics.json").read_text())
     keys = "script dataset seed device torch steps params seconds_train seconds_total config frechet_floor"
     assert set(keys.split()) <= m.keys()
     for sweep in (m["sweep"], m["sweep_classifier"]):
-        assert [row["w"] for row in sweep] == w
-        assert all({"frechet", "classifier_score", "label_accuracy"} < row.keys() for row in sweep)
+        assert [row["w"] for row in sweep] == [-1, 0, 0.5, 1, 2, 4]
+        assert all({"w", "frechet", "classifier_score", "label_accuracy"} == row.keys() for row in sweep)
         assert all(1 <= row["classifier_score"] <= 10 for row in sweep)
     assert m["sweep"][0] == m["sweep_classifier"][0]  # w = -1: the unconditional model, twice
     written = {"metrics.json", "checkpoint.pt", "samples.npz", "samples.png", "tradeoff.png"}
-    assert written == {p.name for p in (tmp_path / "out").iterdir()}
-    arrays, side = np.load(tmp_path / "out" / "samples.npz"), 8 if dataset == "digits" else 28
-    assert arrays["arr_0"].shape == (100, side, side, 1) and arrays["arr_0"].dtype == np.uint8
+    assert written == {p.name for p in tmp_path.iterdir()}
+    arrays = np.load(tmp_path / "samples.npz")
+    assert arrays["arr_0"].shape == (100, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == list(range(10)) * 10
-    # From the file alone, with no data: two classes, one w.
-    run("--classes=3,7", "--w=2", checkpoint=tmp_path / "out" / "checkpoint.pt", data_dir=tmp_path / "none",
-        out=tmp_path / "again", script=cfg)
-    assert np.load(tmp_path / "again" / "samples.npz")["arr_1"].tolist() == [3, 7] * 32
 
-TINY_CFG = ("--quick", "--num-samples=20", "--w=1")
+def test_cfg_mnist_from_its_checkpoint(tmp_path):
+    write_mnist(tmp_path)
+    run(*TINY_CFG, dataset="mnist", data_dir=tmp_path, out=tmp_path, steps=3, script=cfg)
+    run("--classes=3,7", "--w=2", checkpoint=tmp_path / "checkpoint.pt", num_samples=5,
+        data_dir=tmp_path / "none", out=tmp_path / "again", script=cfg)  # no data
+    arrays = np.load(tmp_path / "again" / "samples.npz")
+    assert arrays["arr_0"].shape == (5, 28, 28, 1) and arrays["arr_1"].tolist() == [3, 7, 3, 7, 3]
+
+TINY_CFG = ("--quick", "--num-samples=10", "--sampling-steps=2", "--w=1")
 
 def test_cfg_resume_is_exact(tmp_path):
-    run(*TINY_CFG, steps=12, out=tmp_path / "a", script=cfg)
+    run(*TINY_CFG, steps=8, out=tmp_path / "a", script=cfg)
     run(*TINY_CFG, steps=5, out=tmp_path / "b", script=cfg)
-    run("--resume", *TINY_CFG[1:], steps=12, out=tmp_path / "b", script=cfg)
+    run("--resume", *TINY_CFG[1:], steps=8, out=tmp_path / "b", script=cfg)
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
     assert all(torch.equal(a[key][k], b[key][k]) for key in ("net", "ema") for k in a[key])
-    assert torch.equal(a["losses"], b["losses"]) and torch.equal(a["rng"], b["rng"]) and b["step"] == 12
+    assert torch.equal(a["losses"], b["losses"]) and torch.equal(a["rng"], b["rng"]) and b["step"] == 8
 
 def test_cfg_users_mistakes(tmp_path, capsys):
     expect_exit(capsys, lambda: run(classes="3,12", script=cfg), "labels must lie in 0..9")
     expect_exit(capsys, lambda: run(device="cuda:99", script=cfg), "cuda:99")
     expect_exit(capsys, lambda: run(p_uncond=0, script=cfg), "--p-uncond")
-    expect_exit(capsys, lambda: run("--resume", out=tmp_path / "none", script=cfg), "no checkpoint", "none")
-    torch.save({"script": "ddpm_ho_2020"}, tmp_path / "other.pt")
-    expect_exit(capsys, lambda: run(checkpoint=tmp_path / "other.pt", script=cfg), "not a checkpoint of")
-    run(*TINY_CFG, steps=2, out=tmp_path, script=cfg)
-    good = (tmp_path / "checkpoint.pt").read_bytes()
-    expect_exit(capsys, lambda: run("--resume", steps=60, lr=1e30, out=tmp_path, script=cfg), "no longer finite")
-    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+    torch.save({"script": "ddpm_ho_2020"}, tmp_path / "checkpoint.pt")
+    expect_exit(capsys, lambda: run("--resume", out=tmp_path, script=cfg), "not a checkpoint of")
 
 def test_cfg_copies_are_equal():
     blocks = inspect.getsource(cfg).split("# Copied from ddpm_ho_2020.py\n")[1:]
