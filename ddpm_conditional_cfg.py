@@ -4,12 +4,13 @@ One idea: train one network with the label y and, by dropping labels, without it
 predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's,
 and Ho et al. 2020's in what is copied from there.
 
-    python ddpm_conditional_cfg.py                             # 8x8 digits, sweep over w: @@ on two CPU cores
+    python ddpm_conditional_cfg.py                             # 8x8 digits, sweep over w: 10 min on a shared CPU core
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
     python ddpm_conditional_cfg.py --resume --steps 4000                 # go on with the first run
     python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --w 2
 
-@@NUMBERS
+Seed 0, label accuracy and Fréchet distance (floor 21): w = -1 0.10, 68; w = 0 0.984, 25; w = 2 1.000, 96;
+w = 4 1.000, 123; classifier guidance at its best, w = 1: 0.928, 36.
 
 Differs from the paper:
   - Ho et al. 2020's T steps and schedule, not a continuous log-SNR; the sweep draws by DDIM in 50 steps.
