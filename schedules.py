@@ -143,8 +143,8 @@ def make_schedule(name, T):
 # --------------------------------------------------- the first practical: what does a schedule do to data?
 
 def accuracy_at(s, t, x, y, eps):
-    """Accuracy of the nearest neighbour of noised digits (the last 500) among √ᾱ_t x_0 of the clean others: the
-    likeliest, as log q(x_t | x_0) falls with |x_t - √ᾱ_t x_0|².  x (N, D), labels y (N,), eps (500, D)"""
+    """Accuracy of the nearest neighbour of the last 500 digits, noised, among √ᾱ_t x_0 of the others: the x_0
+    that maximises log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / 2(1 - ᾱ_t) + c.  x (N, D), y (N,), eps (500, D)"""
     from sklearn.neighbors import KNeighborsClassifier
     nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])
     return nearest.score(s.q_sample(x[-500:], t, eps), y[-500:])
@@ -165,8 +165,8 @@ def main(args):
     all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
     ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
     accuracy = {name: [accuracy_at(s, t, x, y, eps) for t in ts] for name, s in all_s.items()}
-    lives = {name: sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1) for name in all_s}
-    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": lives[name]}
+    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(),
+                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1)}
                for name, s in all_s.items()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
