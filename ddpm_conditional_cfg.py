@@ -4,7 +4,7 @@ One idea: train one network with the label y and, by dropping labels, without it
 predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's,
 and Ho et al. 2020's in what is copied from there.
 
-    python ddpm_conditional_cfg.py                             # 8x8 digits, sweep over w: 10 min on a shared CPU core
+    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 10 min on one shared CPU core
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
     python ddpm_conditional_cfg.py --resume --steps 4000                 # go on with the first run
     python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --w 2
@@ -430,7 +430,7 @@ def draw(out, rows, columns, sweeps, floor):
     ax.figure.savefig(out / "samples.png", dpi=100, bbox_inches="tight")
     if floor is not None:
         ax = Figure(figsize=(6, 4), layout="constrained").subplots()
-        ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance")
+        ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance", xmargin=0.1)
         for kind, sweep in sweeps.items():
             x, y = ([row[key] for row in sweep] for key in ("classifier_score", "frechet"))
             ax.plot(x, y, "o-", label=f"guidance: {kind}")
