@@ -444,7 +444,7 @@ def draw(out, rows, columns, sweeps, floor):
 
 PRESETS = {
     "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], steps=2000, lr=2e-3, batch=128),
-    "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], steps=3600, lr=1e-3, batch=64),
+    "mnist": dict(channels=32, multipliers=[1, 2, 3], blocks=1, attention=[7], steps=4200, lr=2e-3, batch=64),
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5)
 OF_THE_RUN = "checkpoint resume out device data_dir seed quick num_samples classes w".split()

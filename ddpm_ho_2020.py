@@ -432,8 +432,9 @@ def draw_all(out, images, frames, real, losses):
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
     "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.0, flip=False,
                    steps=1700, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250),
-    "mnist": dict(channels=32, multipliers=[1, 2, 4], blocks=1, attention=[7], dropout=0.0, flip=False,
-                  steps=3600, lr=1e-3, warmup=200, ema=0.998, sampling_steps=100, batch=64),
+    "mnist": dict(channels=32, multipliers=[1, 2, 3], blocks=1, attention=[7], dropout=0.0, flip=False,
+                  steps=4200, batch=64, lr=2e-3, warmup=200, ema=0.998, sampling_steps=100,
+                  variance="beta_tilde"),
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10)
 OF_THE_RUN = ("checkpoint", "resume", "out", "device", "data_dir", "seed", "quick", "num_samples")

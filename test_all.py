@@ -16,6 +16,7 @@ import torch
 import ddpm_conditional_cfg as cfg
 import ddpm_ho_2020 as ddpm
 import schedules
+import sohl_dickstein_2015 as sohl
 from schedules import SCHEDULES, Schedule, make_schedule
 
 every_schedule = pytest.mark.parametrize("name", list(SCHEDULES))
@@ -466,22 +467,170 @@ def test_cfg_users_mistakes(tmp_path, capsys):
     torch.save({"script": "ddpm_ho_2020"}, tmp_path / "checkpoint.pt")
     expect_exit(capsys, lambda: run("--resume", out=tmp_path, script=cfg), "not a checkpoint of")
 
-def test_cfg_copies_are_equal():
-    blocks = inspect.getsource(cfg).split("# Copied from ddpm_ho_2020.py\n")[1:]
-    names = [name for block in blocks for name in
-             re.findall(r"^(?:class|def) (\w+)", re.split(r"^(?:# ---|CLASSES)", block, flags=re.M)[0], re.M)]
-    assert len(names) > 15
-    for name in names:
-        assert inspect.getsource(getattr(cfg, name)) == inspect.getsource(getattr(ddpm, name)), name
+# ------------------------------------------------------------------------------------- sohl_dickstein_2015.py
+
+def gaussian_moments(s):
+    """The moments for x_0 ~ N(0, I)."""
+    return lambda xt, t: (s.alpha_bar[t].sqrt()[:, None] * xt,
+                          (1 - s.alpha_bar[t])[:, None, None] * torch.eye(xt.shape[1], dtype=xt.dtype))
+
+def test_gaussian_kl_is_torchs():
+    from torch.distributions import MultivariateNormal as Normal
+    from torch.distributions import kl_divergence
+    s, x0, xt, t = make_schedule("linear", 20), randn(6, 3), randn(6, 3, seed=1), torch.arange(2, 8)
+    A = randn(6, 3, 3, seed=2)
+    def moments(xt, t):
+        return 2 * xt, A @ A.mT
+    mu_tilde, beta_tilde = s.q_posterior(x0, xt, t)
+    q = Normal(mu_tilde, beta_tilde[..., None] * torch.eye(3, dtype=torch.float64))
+    expected = kl_divergence(q, Normal(*sohl.reverse_kernel(s, moments, xt, t)))
+    assert sohl.gaussian_kl(s, moments, x0, xt, t).allclose(expected, rtol=1e-9)
+
+@every_schedule
+def test_K_of_an_isotropic_gaussian_is_its_log_likelihood(name):
+    """As the authors' code notes: the gain over L_null is 0. In expectation tr(M⁻¹) + distance - D is 0."""
+    s, D = make_schedule(name, 40), 3
+    K, x0 = sohl.gaussian_entropies(s, D).item(), randn(4000, D)
+    for t in range(2, 41):
+        ts = torch.full((len(x0),), t)
+        _, f_sigma = sohl.reverse_kernel(s, gaussian_moments(s), x0, ts)
+        half_log_det = (f_sigma[0] / s.beta_tilde[t]).logdet() / 2
+        K -= half_log_det.item()
+        kl = sohl.gaussian_kl(s, gaussian_moments(s), x0, s.q_sample(x0, t, randn(4000, D, seed=t)), ts)
+        assert (kl.mean() - half_log_det).abs() < 5 * kl.std() / 4000 ** 0.5 + 1e-12
+    assert K == pytest.approx(-D / 2 * math.log(2 * math.pi * math.e), rel=1e-9)
+
+def test_a_new_network_is_the_null_model():
+    net, s, xt, t = sohl.RollNet(16), make_schedule("linear", 20), torch.randn(5, 2), torch.arange(2, 7)
+    for ours, null in zip(net(xt, s.snr[t]), gaussian_moments(s)(xt.double(), t)):
+        assert ours.double().allclose(null, atol=1e-6)
+
+def test_exact_moments_are_tweedies():
+    """x̂_0 and S against the gradient and Hessian of log q(x_t), and so the score that is made of x̂_0."""
+    s, density = make_schedule("geometric", 40), sohl.roll_density(0.5)
+    m, v = density[:2]
+    for t in (3, 20, 35):
+        ab = s.alpha_bar[t]
+        def log_q(x, ab=ab):
+            return (-((x - ab.sqrt() * m) ** 2 / (2 * (ab * v + 1 - ab))).sum(1)).logsumexp(0)
+        for x in s.q_sample(m[::90], t, randn(len(m[::90]), 2)):
+            x0_hat, S = sohl.exact_moments(density, s)(x[None], torch.tensor([t]))
+            gradient = torch.autograd.functional.jacobian(log_q, x)
+            hessian = torch.autograd.functional.hessian(log_q, x)
+            assert sohl.score(s, x0_hat, x[None], t)[0].allclose(gradient, rtol=1e-6, atol=1e-6)
+            assert S[0].allclose((1 - ab) / ab * (torch.eye(2) + (1 - ab) * hessian), rtol=1e-5, atol=1e-8)
+
+def test_roll_density_and_its_bound():
+    """The density is scikit-learn's; with the true moments K is below -H(X), and near it if T is large."""
+    density, x0 = sohl.roll_density(0.5), sohl.draw_roll(20000, 0.5, 0)
+    assert x0.mean(0).abs().max() < 0.03 and (x0.var(0) - 1).abs().max() < 0.03
+    log_q = -((x0[:2000, None] - density[0]) ** 2 / (2 * density[1])).sum(2)
+    log_q = log_q.logsumexp(1) - math.log(len(density[0]) * 2 * math.pi) - density[1].log().sum() / 2
+    ceiling = sohl.negative_entropy(density)
+    assert abs(log_q.mean() - ceiling) < 4 * log_q.std() / 2000 ** 0.5
+    args = sohl.get_args(["--T", "200"])
+    for beta, least in ((sohl.start_beta(args), -0.2), (SCHEDULES["cosine"](40)[1:], -9)):
+        s = Schedule(torch.cat([torch.zeros(1), beta]))
+        K, _ = sohl.ideal(s, density, x0[:300])
+        assert least < K - ceiling / math.log(2) < 0.03
+
+def test_posterior_sampler_on_a_gaussian():
+    """p = N(0, I), r = N(y; x_0, 1 / precision): p r / Z = N(a y, 1 - a), a = precision / (1 + precision)."""
+    torch.manual_seed(0)
+    s, y, precision = make_schedule("cosine", 100), torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.0])
+    *_, (t, x) = sohl.reverse(s, sohl.given(gaussian_moments(s), y, precision), randn(20000, 2))
+    mean, variance = torch.tensor([0.75, 0.0]), torch.tensor([0.25, 1.0])
+    assert t == 0 and ((x.mean(0) - mean).abs() < 0.03).all() and ((x.var(0) - variance).abs() < 0.04).all()
+    exact = sohl.posterior_of_roll((torch.zeros(1, 2), torch.ones(2)), y, precision, 20000)
+    assert ((exact.mean(0) - mean).abs() < 0.03).all() and ((exact.var(0) - variance).abs() < 0.04).all()
+
+def test_binomial_bound_by_enumeration():
+    """Eq. (14) against its definition, E_q log p(x_T) Π p(x_{t-1} | x_t) / q(x_t | x_{t-1}), over all
+    trajectories of two bits, and q(x_{t-1} | x_t, x_0) against Bayes' rule."""
+    s, rho = make_schedule("inverse", 3), 0.5
+    states, data = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 2), [1, 2]  # (0, 1) and (1, 0)
+    def B(x, rate):
+        return torch.where(x == 1, rate, 1 - rate).prod(-1)
+    def q_step(t):  # q(x_t = row | x_{t-1} = column)
+        return B(states[:, None], (1 - s.beta[t]) * states + s.beta[t] * rho)
+    def q_jump(t):
+        return B(states[:, None], s.alpha_bar[t] * (states - rho) + rho)
+    def predict(xt, t):
+        w = q_jump(t[0])[(xt @ torch.tensor([2.0, 1.0]).double()).long()][:, data]
+        return w / w.sum(1, keepdim=True) @ states[data]
+    def p_step(t):  # p(x_{t-1} = row | x_t = column)
+        ts = torch.full((4,), t)
+        return B(states[:, None], sohl.f_b(s, predict(states, ts), states, ts, rho))
+    q = torch.einsum("ba,cb,dc->abcd", q_step(1), q_step(2), q_step(3))[data]
+    p = torch.einsum("ab,bc,cd->abcd", q_step(1), p_step(2), p_step(3))[data] / 4  # its own reverse at t = 1
+    K = sohl.binomial_entropies(s, states[data], rho).mean()
+    for t in (2, 3):
+        for k in data:
+            xt, ts = states, torch.full((4,), t)
+            kl = sohl.binomial_kl(s, predict, states[[k] * 4], xt, ts, rho)
+            K -= 0.5 * (q_jump(t)[:, k] * kl).sum()
+            bayes = q_step(t).T * q_jump(t - 1)[:, [k]]  # rows x_{t-1}, columns x_t
+            rates = sohl.binomial_posterior(s, states[[k] * 4], xt, ts, rho)
+            assert B(states[:, None], rates).allclose(bayes / bayes.sum(0))
+    assert K == pytest.approx((0.5 * q * (p / q).log()).sum().item(), rel=1e-9)
+    assert K <= -math.log(2) + 1e-12
+
+@pytest.mark.parametrize("data", ["swiss_roll", "heartbeat"])
+def test_sohl_quick(tmp_path, data):
+    run("--quick", data=data, script=sohl, out=tmp_path)
+    m = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"script", "dataset", "seed", "device", "torch", "steps", "params", "seconds_total"} <= set(m)
+    if data == "heartbeat":
+        assert m["K_bits_per_sequence"] < m["true_bits_per_sequence"] and 0 <= m["valid_share"] <= 1
+    else:
+        assert m["ceiling_bits"] == pytest.approx(2.703, abs=0.001) and -6 < m["K_bits"] < m["ceiling_bits"]
+        assert m["K_minus_L_null_bits"] == pytest.approx(m["K_bits"] + 4.094, abs=0.001)
+    again = run(num_samples=2000, checkpoint=tmp_path / "checkpoint.pt", script=sohl, out=tmp_path / "b")
+    assert again["K_stderr_bits"] == m["K_stderr_bits"]
+
+def test_sohl_learns_beta_and_resumes_exactly(tmp_path, monkeypatch, capsys):
+    """Stopped by Ctrl-C in its 10th of 20 steps and resumed, a run ends with the weights of one not stopped."""
+    flags, bound, calls = ["--quick", "--steps", "20"], sohl.bound, []
+    run(*flags, script=sohl, out=tmp_path / "a")
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 10:
+            signal.raise_signal(signal.SIGINT)
+        return bound(*a)
+    monkeypatch.setattr(sohl, "bound", interrupted)
+    run(*flags, script=sohl, out=tmp_path / "b")
+    assert "stopped at step 10 of 20" in capsys.readouterr().out
+    run("--resume", "--num-samples", "2000", script=sohl, out=tmp_path / "b")
+    a, b = (torch.load(tmp_path / k / "checkpoint.pt") for k in "ab")
+    assert b["step"] == 20 and torch.equal(a["logits"], b["logits"]) and torch.equal(a["losses"], b["losses"])
+    assert all(torch.equal(a[k][name], b[k][name]) for k in ("net", "ema") for name in a[k])
+    start = sohl.start_beta(sohl.get_args([])).logit()
+    assert a["logits"][0] == start[0] and ((a["logits"] - start)[1:] != 0).all()
+
+def test_sohl_users_mistakes(tmp_path, capsys):
+    for flags, word in (("--data=rolls", "swiss_roll"), ("--noise=0", "--noise"), ("--T=1", "--T"),
+                        ("--data=heartbeat --schedule=learned", "learned"),
+                        ("--checkpoint=none.pt", "no checkpoint at")):
+        expect_exit(capsys, lambda flags=flags: run(*flags.split(), script=sohl, out=tmp_path), word)
 
 # ---------------------------------------------------------------------------------------------------- hygiene
+
+@pytest.mark.parametrize("script, least", [(cfg, 15), (sohl, 1)])
+def test_copies_are_equal(script, least):
+    blocks = inspect.getsource(script).split("# Copied from ddpm_ho_2020.py\n")[1:]
+    blocks = [re.split(r"^(?:# ---|CLASSES|def start)", block, flags=re.M)[0] for block in blocks]
+    names = [name for block in blocks for name in re.findall(r"^(?:class|def) (\w+)", block, re.M)]
+    assert len(names) > least
+    for name in names:
+        assert inspect.getsource(getattr(script, name)) == inspect.getsource(getattr(ddpm, name)), name
 
 def test_readme_commands_parse(monkeypatch):
     """Every `python script.py ...` of the README and the docstrings is a command that the script takes."""
     here = Path(__file__).parent
-    for script in (ddpm, cfg):
-        monkeypatch.setattr(script, "load_checkpoint", lambda path: {"config": {}})
-    texts = [(here / "README.md").read_text(), ddpm.__doc__, cfg.__doc__, schedules.__doc__]
+    for script in (ddpm, cfg, sohl):
+        checkpoint = {"config": vars(script.get_args([]))}
+        monkeypatch.setattr(script, "load_checkpoint", lambda path, checkpoint=checkpoint: checkpoint)
+    texts = [(here / "README.md").read_text(), ddpm.__doc__, cfg.__doc__, sohl.__doc__, schedules.__doc__]
     commands = re.findall(r"python ((\w+)\.py[^\n`#&]*)", "\n".join(texts))
     assert len(commands) > 6
     for command, module in commands:
