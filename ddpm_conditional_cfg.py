@@ -87,13 +87,13 @@ def predict_x0(s, xt, t, eps_hat, clip=True):
     x0_hat = (xt - like((1 - alpha_bar).sqrt(), xt) * eps_hat) / like(alpha_bar.sqrt(), xt)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
 
-def ddpm_sample(eps_theta, s, x, variance="beta", clip=True):
-    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I).  Yields (t, x_t, x̂_0) for t = T-1..0.
+def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
+    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0.
 
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
     eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
-    for t in range(s.T, 0, -1):
+    for t in range(first or s.T, 0, -1):
         eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
         x0_hat = predict_x0(s, x, t, eps_hat, clip)
         mu_theta, beta_tilde = s.q_posterior(x0_hat, x, t)
@@ -304,15 +304,18 @@ def load_data(dataset, data_dir, download=True):
         x, y = torch.tensor(x * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8), torch.tensor(y)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
-    from torchvision.datasets import MNIST
+    from torchvision.datasets import CIFAR10, MNIST
+    kind, files = {"mnist": (MNIST, "MNIST/raw: train-images-idx3-ubyte train-labels-idx1-ubyte "
+                             "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte, or .gz"),
+                   "cifar10": (CIFAR10, "cifar-10-batches-py, or cifar-10-python.tar.gz")}[dataset]
     try:
-        sets = [MNIST(data_dir, train, download=download) for train in (True, False)]  # what is there stays
+        sets = [kind(data_dir, train, download=download) for train in (True, False)]  # what is there stays
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"MNIST was neither read nor downloaded ({type(e).__name__}). Put these, or .gz, in "
-                      f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
-                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST by "
-                      "--data-dir. --dataset digits needs no download") from e
-    return tuple((d.data[:, None], d.targets) for d in sets)
+        raise OSError(f"{dataset} was neither read nor downloaded ({type(e).__name__}). Put into {data_dir}/"
+                      f"{files}; or name the folder that holds it by --data-dir. --dataset digits needs no "
+                      "download") from e
+    sets = [(torch.as_tensor(d.data), torch.as_tensor(d.targets)) for d in sets]
+    return tuple((x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in sets)
 
 def to_float(images):
     """uint8 0..255 -> float32 [-1, 1].  Sec. 3.3."""

@@ -24,6 +24,7 @@ Shapes: B batch, C channels, H height, W width, D embedding.
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -36,17 +37,30 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from schedules import SCHEDULES, Schedule, like, make_schedule
 
 # ------------------------------------------------------------ Sec. 3.2, 3.4: the loss and the reverse process
 
-def l_simple(eps_theta, s, x0, t, eps):
+def l_simple(net, s, x0, t, eps, predict="eps"):
     """L_simple = E |ε - ε_θ(√ᾱ_t x_0 + √(1 - ᾱ_t) ε, t)|², per dimension.  Eq. (14), Algorithm 1.
 
-    x0 (B, C, H, W) in [-1, 1];  t (B,) drawn from 1..T;  eps like x0, drawn from N(0, I).  -> ()"""
-    return F.mse_loss(eps_theta(s.q_sample(x0, t, eps), t), eps)
+    x0 (B, C, H, W) in [-1, 1];  t (B,) drawn from 1..T;  eps like x0, drawn from N(0, I).  -> ()
+    Table 2's other networks predict μ̃_t instead of ε, or, as Sec. 3.2 mentions, x_0: predict="mu", "x0"."""
+    xt = s.q_sample(x0, t, eps)
+    return F.mse_loss(net(xt, t), {"eps": eps, "x0": x0, "mu": s.q_posterior(x0, xt, t)[0]}[predict])
+
+def as_eps_theta(net, s, predict):
+    """The ε_θ of a network that predicts "eps", "x0" or "mu": Eq. (7) solved for x̂_0, Eq. (4) for ε̂."""
+    def eps_theta(xt, t):
+        x0_hat = net(xt, t)
+        if predict == "mu":
+            without, one = s.q_posterior(0 * xt, xt, t)[0], s.q_posterior(1 + 0 * xt, 0 * xt, t)[0]
+            x0_hat = (x0_hat - without) / one
+        return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0_hat) / like((1 - s.alpha_bar[t]).sqrt(), xt)
+    return net if predict == "eps" else eps_theta
 
 def predict_x0(s, xt, t, eps_hat, clip=True):
     """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).  Near t = T this divides by almost 0, so a small error
@@ -55,13 +69,13 @@ def predict_x0(s, xt, t, eps_hat, clip=True):
     x0_hat = (xt - like((1 - alpha_bar).sqrt(), xt) * eps_hat) / like(alpha_bar.sqrt(), xt)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
 
-def ddpm_sample(eps_theta, s, x, variance="beta", clip=True):
-    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I).  Yields (t, x_t, x̂_0) for t = T-1..0.
+def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
+    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0.
 
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
     eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
-    for t in range(s.T, 0, -1):
+    for t in range(first or s.T, 0, -1):
         eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
         x0_hat = predict_x0(s, x, t, eps_hat, clip)
         mu_theta, beta_tilde = s.q_posterior(x0_hat, x, t)
@@ -91,6 +105,81 @@ def subchain(eps_theta, s, steps):
     alpha_bar = s.alpha_bar[grid]
     beta = torch.cat([alpha_bar[:1] * 0, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-12)])
     return (lambda x, i: eps_theta(x, grid[i])), Schedule(beta.cpu()).to(s.beta.device)
+
+def score(eps_theta, s, xt, t):
+    """∇ log q(x_t) ≈ -ε_θ(x_t, t) / √(1 - ᾱ_t), as ∇ log q(x_t | x_0) = -ε / √(1 - ᾱ_t): L_simple is
+    denoising score matching (Vincent 2011) at every noise level, weighted by 1 - ᾱ_t.  Sec. 3.2"""
+    return -eps_theta(xt, t) / like((1 - s.alpha_bar[t]).sqrt(), xt)
+
+def langevin_sample(eps_theta, s, x, each=5, step=0.1):
+    """Annealed Langevin dynamics, Song & Ermon 2019, Algorithm 1.  Yields as ddpm_sample does.
+
+    `each` steps x ← x + α/2 ∇ log q(x) + √α z a noise level, α ∝ σ², then on to the next. Our levels are
+    those of q: σ² is 1 - ᾱ_t, and x, which shrinks by √ᾱ_t where theirs does not, is rescaled in between."""
+    for t in range(s.T, 0, -1):
+        ts, alpha_bar = torch.full((len(x),), t, device=x.device), s.alpha_bar[t]
+        alpha = like(2 * step * (1 - alpha_bar), x)
+        for _ in range(each):
+            x = x + alpha / 2 * score(eps_theta, s, x, ts) + alpha.sqrt() * torch.randn_like(x)
+        x0_hat = predict_x0(s, x, t, eps_theta(x, ts))
+        x = x0_hat if t == 1 else x * like((s.alpha_bar[t - 1] / alpha_bar).sqrt(), x)
+        yield t - 1, x, x0_hat
+
+def interpolate(s, a, b, t, weights):
+    """x̄_t = (1 - λ) x_t + λ x'_t of two noised images, which ddpm_sample(.., first=t) takes back to t = 0.
+    Sec. 4.4.  a, b (1, C, H, W), weights: n numbers λ -> (n, C, H, W)"""
+    a, b = (s.q_sample(x, t, torch.randn_like(x)) for x in (a, b))
+    return torch.cat([(1 - w) * a + w * b for w in weights])
+
+def inpaint(eps_theta, s, x0, known, clip=True):
+    """An ε_θ that makes any sampler fill in the unknown pixels of x0: it points from x_t to x̂_0 with the
+    known pixels set right.  x0, known (bool): broadcast to x_t's shape"""
+    def eps_given(xt, t):
+        x0_hat = torch.where(known, x0, predict_x0(s, xt, t, eps_theta(xt, t), clip))
+        return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0_hat) / like((1 - s.alpha_bar[t]).sqrt(), xt)
+    return eps_given
+
+# ------------------------------------------------------- Secs. 3.1, 3.3: the bound on the likelihood, in bits
+
+def discrete_log_likelihood(x0, mean, sigma):
+    """log ∫ N(x; mean, σ²) dx over x_0's grey level, 1/127.5 wide, open at -1 and 1, in nats.  Eq. (13)"""
+    def cdf(x):
+        return torch.special.ndtr((x - mean) / sigma)
+    upper = torch.where(x0 > 0.999, 1.0, cdf(x0 + 1 / 255))
+    lower = torch.where(x0 < -0.999, 0.0, cdf(x0 - 1 / 255))
+    return (upper - lower).clamp(min=1e-12).log()
+
+def vlb_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
+    """One term of Eq. (5) an example, bits/dim, and |x_0 - x̂_0|² per dimension.  t (B,) -> (B,), (B,)
+
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)), Eq. (8) with the variances' part, for t > 1;
+    L_0 = -log p_θ(x_0 | x_1), Eq. (13). σ_1² is β̃_2, as in the authors' code, for β̃_1 = 0 and β_1 is wide."""
+    xt = s.q_sample(x0, t, eps)
+    x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
+    mu_theta, beta_tilde = s.q_posterior(x0_hat, xt, t)
+    sigma2 = s.beta if variance == "beta" else s.beta_tilde
+    sigma2 = like(torch.where(t == 1, s.beta_tilde[2], sigma2[t]), x0)
+    distance = (s.q_posterior(x0, xt, t)[0] - mu_theta) ** 2
+    kl = ((sigma2 / beta_tilde).log() - 1 + (beta_tilde + distance) / sigma2) / 2
+    decoder = -discrete_log_likelihood(x0, mu_theta, sigma2.sqrt())
+    nats = torch.where(like(t, x0) == 1, decoder, kl)
+    return nats.flatten(1).mean(1) / math.log(2), ((x0 - x0_hat) ** 2).flatten(1).mean(1)
+
+@torch.no_grad()
+def rate_distortion(eps_theta, s, x0, variance="beta", clip=True):
+    """Who has received x_T .. x_t has paid L_T + L_{T-1} + .. + L_t and knows x̂_0(x_t).  Sec. 4.3.
+
+    x0 (B, C, H, W) -> the bits/dim paid when x_t is known, t = T..0, of which the last is all of Eq. (5), the
+    bound on the negative log-likelihood; the RMSE of x̂_0(x_t) in grey levels of 255, t = T..1."""
+    alpha_bar = s.alpha_bar[-1]  # L_T = KL(q(x_T | x_0) || N(0, I))
+    rate = [((alpha_bar * x0 ** 2 - alpha_bar - (1 - alpha_bar).log()).mean() / 2 / math.log(2)).item()]
+    distortion = []
+    for t in tqdm(range(s.T, 0, -1), "bits/dim"):
+        ts = torch.full((len(x0),), t, device=x0.device)
+        bits, error = vlb_term(eps_theta, s, x0, ts, torch.randn_like(x0), variance, clip)
+        rate.append(rate[-1] + bits.mean().item())
+        distortion.append(127.5 * error.mean().sqrt().item())
+    return rate, distortion
 
 # --------------------------------------------------------------------------- Sec. 4 and Appendix B: the U-Net
 
@@ -228,15 +317,69 @@ def load_data(dataset, data_dir, download=True):
         x, y = torch.tensor(x * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8), torch.tensor(y)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
-    from torchvision.datasets import MNIST
+    from torchvision.datasets import CIFAR10, MNIST
+    kind, files = {"mnist": (MNIST, "MNIST/raw: train-images-idx3-ubyte train-labels-idx1-ubyte "
+                             "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte, or .gz"),
+                   "cifar10": (CIFAR10, "cifar-10-batches-py, or cifar-10-python.tar.gz")}[dataset]
     try:
-        sets = [MNIST(data_dir, train, download=download) for train in (True, False)]  # what is there stays
+        sets = [kind(data_dir, train, download=download) for train in (True, False)]  # what is there stays
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"MNIST was neither read nor downloaded ({type(e).__name__}). Put these, or .gz, in "
-                      f"{Path(data_dir, 'MNIST', 'raw')}: train-images-idx3-ubyte train-labels-idx1-ubyte "
-                      "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; or name the folder that holds MNIST by "
-                      "--data-dir. --dataset digits needs no download") from e
-    return tuple((d.data[:, None], d.targets) for d in sets)
+        raise OSError(f"{dataset} was neither read nor downloaded ({type(e).__name__}). Put into {data_dir}/"
+                      f"{files}; or name the folder that holds it by --data-dir. --dataset digits needs no "
+                      "download") from e
+    sets = [(torch.as_tensor(d.data), torch.as_tensor(d.targets)) for d in sets]
+    return tuple((x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in sets)
+
+def load_folder(folder, size, cache):
+    """Every image below folder, scaled and cropped in the middle to size (H, W), in colour; labelled by the
+    folder it lies in or, if there is one, by the .mat of Stanford Cars.  As load_data, a tenth held out.
+
+    Decoded once, then kept in the file cache until folder or size change. OSError if under 2 images."""
+    from PIL import Image, ImageOps
+    types = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in types)
+    key = [size] + [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    key = hashlib.sha256(str(key).encode()).hexdigest()
+    try:
+        kept = torch.load(cache, weights_only=True)
+        if kept["key"] == key:
+            return kept["sets"]
+    except Exception:  # no cache yet, or not a whole one: it is made again
+        pass
+    images, names, mat = [], [], next(folder.rglob("cars_train_annos.mat"), None)
+    if mat:
+        from scipy.io import loadmat
+        models = {str(a["fname"]): int(a["class"]) for a in loadmat(mat, squeeze_me=True)["annotations"]}
+    for path in tqdm(paths, f"reading {folder}"):
+        try:
+            image = ImageOps.fit(Image.open(path).convert("RGB"), size[::-1], Image.BICUBIC)
+        except Exception as e:  # truncated, or not an image whatever its name says
+            print(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
+            continue
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        names.append(models.get(path.name, 0) if mat else str(path.parent))
+    if len(images) < 2:
+        raise OSError(f"{len(images)} readable images in {folder} and below: two at least are needed, of "
+                      f"{' '.join(types)} (any case)")
+    classes = {name: k for k, name in enumerate(sorted(set(names)))}
+    images, labels = torch.stack(images), torch.tensor([classes[name] for name in names])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = order.split(len(images) - max(1, len(images) // 10))
+    sets = [(images[i], labels[i]) for i in order]
+    torch.save({"key": key, "sets": sets}, cache)
+    return sets
+
+def load_cars(data_dir, size, cache):
+    """load_folder of Stanford Cars, in any of the layouts that copies come in. OSError if there are none."""
+    folders = [data_dir / "stanford_cars", data_dir / "cars_train", data_dir]
+    try:
+        return load_folder(next(f for f in folders if f.is_dir()), size, cache)
+    except (OSError, StopIteration) as e:
+        found = ", ".join(p.name for p in sorted(data_dir.glob("*"))[:9]) or "nothing"
+        raise OSError(f"no Stanford Cars in {data_dir}: wanted stanford_cars/cars_train/*.jpg (or nested again, a "
+                      f"folder a class, one flat folder), found {found}. Copies: "
+                      "kaggle.com/datasets/jessicali9530/stanford-cars-dataset, or as "
+                      "github.com/pytorch/vision/issues/7545 says") from e
 
 def to_float(images):
     """uint8 0..255 -> float32 [-1, 1].  Sec. 3.3."""
@@ -276,7 +419,10 @@ def frechet_distance(a, b):
 def evaluate(samples, train, held_out, steps, seed):
     """Samples against held-out images, and as many training images likewise: the floor.  uint8 -> dict"""
     torch.manual_seed(seed)  # the same classifier for every run on this data, so that distances compare
-    net = train_classifier(*train, steps)
+    if train[1].max() == 0:  # no classes to tell apart: compare 4x4 thumbnails instead
+        net = nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten()), nn.Identity())
+    else:
+        net = train_classifier(*train, steps)
     real = train[0][torch.randperm(len(train[0]), device=samples.device)[:len(samples)]]
     f, f_real, f_held = (torch.cat([net[0](to_float(x)) for x in images.split(500)])
                          for images in (samples, real, held_out[0]))  # features, (N, 64)
@@ -294,12 +440,14 @@ def sample(net, s, args, n, image_shape, bar=False):
     """n images from the seed's noise by args.sampler, uint8 (n, C, H, W); [(t, x_t, x̂_0)] of the first 16.
     Leaves the random state as it was, so that looking at samples in between does not change the training."""
     device, cuda, frames, images = s.beta.device, s.beta.is_cuda, [], []
-    eps_theta, short = subchain(net, s, steps := min(args.sampling_steps or s.T, s.T))
+    eps_theta = as_eps_theta(net, s, args.predict)
+    eps_theta, short = subchain(eps_theta, s, steps := min(args.sampling_steps or s.T, s.T))
     with torch.random.fork_rng([device] * cuda), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
         torch.manual_seed(args.seed)
         for first in range(0, n, 250):
             x = torch.randn(min(250, n - first), *image_shape, device=device)
             chain = (ddim_sample(eps_theta, short, x, args.clip) if args.sampler == "ddim" else
+                     langevin_sample(eps_theta, short, x) if args.sampler == "langevin" else
                      ddpm_sample(eps_theta, short, x, args.variance, args.clip))
             for i, xt, x0_hat in tqdm(chain, f"sampling {first + len(x)}/{n}", steps, disable=not bar):
                 if first == 0:
@@ -323,6 +471,8 @@ def train(args, net, ema, s, images, path, state):
     """Algorithm 1, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step at hand.
     Saves to path each minute and at the end, and returns what it saved."""
     device, opt = images.device, torch.optim.Adam(net.parameters(), args.lr)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     first, seconds, snapshots, losses = 0, 0.0, {}, torch.zeros(args.steps, device=device)
     if state:  # which holds all that the next step depends on
         first, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
@@ -340,14 +490,15 @@ def train(args, net, ema, s, images, path, state):
                  "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
                  "optimizer": opt.state_dict(), "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state(device) if images.is_cuda else None}
-        torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-        os.replace(f"{path}.tmp", path)
+        if rank == 0:
+            torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+            os.replace(f"{path}.tmp", path)
         return state
 
     stop, start, saved, step = [], time.time(), time.time(), first
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     milestones = {max(1, args.steps // 2 ** i) for i in range(6)}  # a row of samples each: one sees it learn
-    bar = tqdm(total=args.steps, desc="training", initial=first, mininterval=1)
+    bar = tqdm(total=args.steps, desc="training", initial=first, mininterval=1, disable=rank > 0)
     while step < args.steps and not stop:
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / args.warmup)
@@ -355,8 +506,14 @@ def train(args, net, ema, s, images, path, state):
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         t = torch.randint(1, s.T + 1, (len(x0),), device=device)
+        eps = torch.randn_like(x0)
+        x0, t, eps = (v[rank::world] for v in (x0, t, eps))  # each process has drawn the same batch
         with torch.autocast(device.type, torch.bfloat16, enabled=images.is_cuda):
-            loss = l_simple(net, s, x0, t, torch.randn_like(x0))
+            if args.loss == "simple":
+                loss = l_simple(model, s, x0, t, eps, args.predict)
+            else:  # Eq. (5): T times a random one of its terms
+                eps_theta = as_eps_theta(model, s, args.predict)
+                loss = s.T * vlb_term(eps_theta, s, x0, t, eps, args.variance, clip=False)[0].mean()
         opt.zero_grad()
         loss.backward()
         size = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -368,7 +525,7 @@ def train(args, net, ema, s, images, path, state):
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-        if step in milestones:
+        if step in milestones and rank == 0:
             snapshots[step] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
             draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
         if time.time() - saved > 60:
@@ -384,23 +541,25 @@ def train(args, net, ema, s, images, path, state):
 
 def draw_rows(path, rows, columns=()):
     """Images as a table. rows: {label: uint8 (n, C, H, W)}; columns: labels above the first row."""
-    import matplotlib
-    matplotlib.use("Agg")  # draws to files; no screen needed
-    import matplotlib.pyplot as plt
     n, C, H, W = next(iter(rows.values())).shape
-    fig, axes = plt.subplots(len(rows), 1, squeeze=False, layout="constrained",
-                             figsize=(1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W))
-    for ax, (label, x) in zip(axes[:, 0], rows.items()):
+    fig = Figure((1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W), layout="constrained")
+    for ax, (label, x) in zip(fig.subplots(len(rows), squeeze=False)[:, 0], rows.items()):
         strip = F.pad(x.cpu(), (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).reshape(H + 2, -1, C)
         ax.imshow(strip.expand(-1, -1, 3).numpy())
         ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center")
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     if columns:
-        axes[0, 0].xaxis.tick_top()
-        axes[0, 0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
+        fig.axes[0].xaxis.tick_top()
+        fig.axes[0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
     fig.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(fig)
+
+def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
+    fig = Figure((6, 4), layout="constrained")
+    ax = fig.subplots()
+    ax.plot(x, y)
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+    fig.savefig(path, dpi=100)
 
 def draw_all(out, images, frames, real, losses):
     """samples.png (real images in the first row), progressive.png (as Fig. 6), reverse.gif and loss.png."""
@@ -418,14 +577,38 @@ def draw_all(out, images, frames, real, losses):
     gif = [make_grid(to_uint8(xt), 4).permute(1, 2, 0).cpu().numpy() for _, xt, _ in frames]
     gif = [Image.fromarray(a).resize((256, 256 * a.shape[0] // a.shape[1]), Image.NEAREST) for a in gif]
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
-    import matplotlib.pyplot as plt
     k = max(1, len(losses) // 100)  # the mean of each hundredth of the run
     means = losses[:len(losses) // k * k].reshape(-1, k).mean(1).tolist()
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.plot([k * (i + 1) for i in range(len(means))], means)
-    ax.set(xlabel="step", ylabel="L_simple, Eq. (14)", yscale="log")
-    fig.savefig(out / "loss.png", dpi=100)
-    plt.close(fig)
+    draw_curve(out / "loss.png", [k * (i + 1) for i in range(len(means))], means, "step", "loss", "log")
+
+@torch.no_grad()
+def experiments(args, net, s, held_out, out):
+    """Bits/dim, progressive coding (Sec. 4.3), interpolation (Sec. 4.4), inpainting of held-out images."""
+    from scipy.ndimage import distance_transform_edt
+    eps_theta, x0 = as_eps_theta(net, s, args.predict), to_float(held_out[:128])
+    rate, rmse = rate_distortion(eps_theta, s, x0, args.variance, args.clip)
+    draw_curve(out / "rate_distortion.png", rate[:-1], rmse, "rate, bits/dim", "RMSE of x̂_0 (0..255)")
+
+    def last(x, model=eps_theta, first=None):
+        return to_uint8([x0 for _, x0, _ in ddpm_sample(model, s, x, args.variance, args.clip, first)][-1])
+    weights, ts = [i / 10 for i in range(11)], [s.T // 4, s.T // 2, s.T * 3 // 4, s.T]
+    rows = {f"t = {t}": last(interpolate(s, x0[:1], x0[1:2], t, weights), first=t) for t in ts}
+    mixed = to_uint8(torch.cat([(1 - w) * x0[:1] + w * x0[1:2] for w in weights]))
+    draw_rows(out / "interpolation.png", {"pixels": mixed} | rows, [f"λ={w}" for w in weights])
+
+    x0, (H, W) = x0[:16], x0.shape[2:]
+    known = torch.ones(H, W, dtype=torch.bool, device=x0.device)
+    known[H // 4:H - H // 4, W // 4:W - W // 4] = False
+    filled = last(torch.randn_like(x0), inpaint(eps_theta, s, x0, known, args.clip))
+    row, column = distance_transform_edt(~known.cpu().numpy(), return_distances=False, return_indices=True)
+    nearest = held_out[:16][:, :, row, column]  # the known pixel nearest to each
+    holes = torch.where(known, held_out[:16], 128)
+    rows = {"data": held_out[:16], "given": holes, "inpainted": filled, "nearest": nearest}
+    draw_rows(out / "inpainting.png", rows)
+    error, error_nearest = ((to_float(x) - x0)[:, :, ~known].square().mean().sqrt().item() * 127.5
+                            for x in (filled, nearest))
+    return {"bits_per_dim": rate[-1], "bits_per_dim_L_T": rate[0], "bits_per_dim_rate": rate[-2],
+            "rmse_at_rate": rmse[-1], "inpainting_rmse": error, "inpainting_rmse_nearest": error_nearest}
 
 # ------------------------------------------------------------------------------------------------------- main
 
@@ -435,25 +618,37 @@ PRESETS = {  # what differs from the flags' defaults, which are the paper's for 
     "mnist": dict(channels=32, multipliers=[1, 2, 3], blocks=1, attention=[7], dropout=0.0, flip=False,
                   steps=4200, batch=64, lr=2e-3, warmup=200, ema=0.998, sampling_steps=100,
                   variance="beta_tilde"),
+    "cifar10": {},
+    "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10)
-OF_THE_RUN = ("checkpoint", "resume", "out", "device", "data_dir", "seed", "quick", "num_samples")
+OF_THE_RUN = "checkpoint resume out data_dir device seed quick num_samples experiments compile".split()
+
+def image_size(text):
+    """"64" -> [64, 64], "48x64" -> [48, 64]"""
+    H, _, W = text.lower().partition("x")
+    return [int(H), int(W or H)]
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset, over the paper's values."""
     p = argparse.ArgumentParser(description="Denoising Diffusion Probabilistic Models (Ho et al. 2020).",
                                 epilog="Each --dataset has a preset that replaces some of these defaults.")
     yes_no = argparse.BooleanOptionalAction
-    p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
-    p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
+    p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or a folder")
+    p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
+    p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64, or 48x64")
     p.add_argument("--out", help="folder for all that is written; default runs/ddpm_ho_2020-<dataset>")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
     p.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--experiments", action="store_true", help="bits/dim, coding, interpolation, inpainting")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--T", type=int, default=1000, help="diffusion steps (paper: 1000)")
     p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: linear)")
+    p.add_argument("--predict", choices=["eps", "x0", "mu"], default="eps", help="(paper: eps)")
+    p.add_argument("--loss", choices=["simple", "vlb"], default="simple", help="(paper: simple)")
     p.add_argument("--steps", type=int, default=800_000, help="training steps (paper: 800000)")
     p.add_argument("--batch", type=int, default=128, help="images a training step (paper: 128)")
     p.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate (paper: 2e-4)")
@@ -466,24 +661,27 @@ def get_args(argv=None):
     p.add_argument("--attention", type=int, nargs="*", default=[16], help="sizes with attention (paper: 16)")
     p.add_argument("--dropout", type=float, default=0.1, help="in the residual blocks (paper: 0.1)")
     p.add_argument("--time-embedding", action=yes_no, default=True, help="tell the network t (paper: yes)")
-    p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ddpm: Algorithm 2")
+    p.add_argument("--sampler", choices=["ddpm", "ddim", "langevin"], default="ddpm", help="(paper: ddpm)")
     p.add_argument("--sampling-steps", type=int, help="steps of the sampler (paper: T)")
     p.add_argument("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2")
     p.add_argument("--clip", action=yes_no, default=True, help="clip x0_hat to [-1, 1] (authors' code: yes)")
     p.add_argument("--num-samples", type=int, default=1000, help="(paper: 50000); 64 with --checkpoint")
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
+    def out(args):
+        return args.out or f"runs/ddpm_ho_2020-{Path(args.dataset).resolve().name}"
     if args.checkpoint or args.resume:
-        out = args.out or f"runs/ddpm_ho_2020-{args.dataset}"
-        config = load_checkpoint(args.checkpoint or f"{out}/checkpoint.pt")["config"]
+        config = load_checkpoint(args.checkpoint or f"{out(args)}/checkpoint.pt")["config"]
         config = {k: v for k, v in config.items() if k not in OF_THE_RUN}
         p.set_defaults(**config, num_samples=64 if args.checkpoint else 1000)
     else:
-        p.set_defaults(**PRESETS[args.dataset])
+        p.set_defaults(**PRESETS.get(args.dataset, PRESETS["cars"]))
     if args.quick:
         p.set_defaults(**QUICK)
     args = p.parse_args(argv)
-    args.out = args.out or f"runs/ddpm_ho_2020-{args.dataset}"
+    args.out = out(args)
+    if args.dataset not in PRESETS and not args.checkpoint and not Path(args.dataset).is_dir():
+        p.error(f"--dataset {args.dataset} is neither one of {', '.join(PRESETS)} nor a folder")
     mps = torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
@@ -500,10 +698,21 @@ def get_args(argv=None):
 def main(args):
     """Train (or load), sample, evaluate, draw; writes it all into args.out and returns the numbers."""
     start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if world > 1:
+        torch.distributed.init_process_group()
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
+    if args.resume and "optimizer" not in state:
+        fail(f"{path} has weights to sample from, not a run to resume: --checkpoint takes it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
+        if args.dataset in ("digits", "mnist", "cifar10"):
+            sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
+        elif args.dataset == "cars":
+            sets = load_cars(Path(args.data_dir), args.image_size, out / "cache.pt")
+        else:
+            sets = load_folder(Path(args.dataset), args.image_size, out / "cache.pt")
         real = [[v.to(args.device) for v in pair] for pair in sets]  # each pair: images, labels
     except OSError as e:
         if not args.checkpoint:  # which is all that sampling needs
@@ -515,18 +724,29 @@ def main(args):
         net = make_eps_theta(args, shape).to(args.device)
         ema = copy.deepcopy(net).requires_grad_(False).eval()
         if state:
-            net.load_state_dict(state["net"])
+            net.load_state_dict(state.get("net", state["ema"]))
             ema.load_state_dict(state["ema"])
     except ValueError as e:
         fail(e)
     except RuntimeError as e:
         fail(f"the checkpoint has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
+    if args.compile:
+        net.compile()
+        ema.compile()
     s = make_schedule(args.schedule, args.T).to(args.device)
-    if not state and path.exists():
+    if not state and path.exists() and rank == 0:
         kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
         print(f"an earlier run's checkpoint is kept as {kept}")
     if not args.checkpoint:
         state = train(args, net, ema, s, real[0][0], path, state)
+        keep = ("script", "config", "image_shape", "step", "seconds", "losses")  # all that --checkpoint needs
+        weights = {k: state[k] for k in keep} | {"ema": {k: v.half() for k, v in state["ema"].items()}}
+        if rank == 0:
+            torch.save(weights, out / "weights.pt")
+        if world > 1:
+            torch.distributed.destroy_process_group()
+        if rank > 0:
+            return {}
 
     drawn, losses = time.time(), state["losses"]
     images, frames = sample(ema, s, args, args.num_samples, shape, bar=True)
@@ -538,6 +758,8 @@ def main(args):
                "seconds_sample": time.time() - drawn}
     if real and len(images) > 64:  # the covariance of 64 features needs more samples than that
         metrics |= evaluate(images, *real, min(1000, args.steps), args.seed)
+    if real and args.experiments:
+        metrics |= experiments(args, ema, s, real[1][0], out)
     np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu().numpy())  # arr_0: N, H, W, C
     draw_all(out, images, frames, real and real[0][0], losses)
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}

@@ -264,7 +264,7 @@ def test_ddpm_quick(tmp_path, dataset):
     keys = "script dataset seed device torch steps params seconds_train seconds_total config loss frechet"
     keys += " frechet_floor confident_share rarest_class_share images_per_second"
     assert set(keys.split()) <= m.keys()
-    written = set("metrics.json checkpoint.pt samples.npz samples.png progressive.png reverse.gif loss.png"
+    written = set("metrics.json checkpoint.pt weights.pt samples.npz samples.png progressive.png reverse.gif loss.png"
                   " training.png".split())
     assert written == {p.name for p in (tmp_path / "out").iterdir()}
     images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
@@ -274,7 +274,7 @@ def test_ddpm_quick(tmp_path, dataset):
     run(checkpoint=tmp_path / "out" / "checkpoint.pt", data_dir=tmp_path / "none", out=tmp_path / "again")
     again = np.load(tmp_path / "again" / "samples.npz")["arr_0"]
     assert again.shape == (64, side, side, 1)
-    assert {"checkpoint.pt", "training.png"} == written - {p.name for p in (tmp_path / "again").iterdir()}
+    assert {"checkpoint.pt", "weights.pt", "training.png"} == written - {p.name for p in (tmp_path / "again").iterdir()}
 
 TINY = ("--quick", "--num-samples=20", "--channels=8", "--dropout=0.1", "--flip")
 
@@ -327,6 +327,142 @@ def test_users_mistakes(tmp_path, capsys, monkeypatch):
     for content in ({"script": "another"}, [1]):
         torch.save(content, bad)
         expect_exit(capsys, lambda: run(checkpoint=bad), "not a checkpoint of ddpm_ho_2020.py")
+
+# ------------------------------------------------------------------- ddpm_ho_2020.py: the paper's other experiments
+
+def test_score_and_denoising_score_matching():
+    """L_simple is E (1 - ᾱ_t) |s - ∇ log q(x_t | x_0)|², and the exact ε gives the exact score of N(m, 1) data."""
+    s, x0, eps = make_schedule("linear", 30), randn(30, 2, 3, 3), randn(30, 2, 3, 3, seed=1)
+    t, xt = torch.arange(1, 31), s.q_sample(x0, torch.arange(1, 31), eps)
+    def net(x, t):
+        return torch.sin(3 * x) + t[:, None, None, None]
+    weight = (1 - s.alpha_bar[t])[:, None, None, None]
+    matched = weight * (ddpm.score(net, s, xt, t) + eps / weight.sqrt()) ** 2
+    assert ddpm.l_simple(net, s, x0, t, eps) == pytest.approx(matched.mean().item())
+    exact = ddpm.score(exact_eps(s, 0.5, 1.0), s, xt, t)
+    assert exact.allclose(s.alpha_bar[t].sqrt()[:, None, None, None] * 0.5 - xt)
+
+def test_langevin_on_an_exact_gaussian_score():
+    """N(0.3, 0.2²) data: the samples have their mean and deviation."""
+    torch.manual_seed(0)
+    s = make_schedule("geometric", 300)
+    *_, (t, x, _) = ddpm.langevin_sample(exact_eps(s, 0.3, 0.04), s, randn(4000, 1, 1, 1))
+    assert t == 0 and abs(x.mean() - 0.3) < 0.02 and abs(x.std() - 0.2) < 0.02
+
+@pytest.mark.parametrize("predict", ["x0", "mu"])
+def test_other_predictions_are_the_same_epsilon(predict):
+    s, x0, eps, t = make_schedule("cosine", 20), randn(19, 1, 2, 2), randn(19, 1, 2, 2, seed=1), torch.arange(1, 20)
+    target = {"x0": x0, "mu": s.q_posterior(x0, s.q_sample(x0, t, eps), t)[0]}[predict]
+    eps_hat = ddpm.as_eps_theta(lambda x, t: target, s, predict)(s.q_sample(x0, t, eps), t)
+    assert eps_hat.allclose(eps, atol=1e-9) and ddpm.l_simple(lambda x, t: target, s, x0, t, eps, predict) == 0
+
+def test_discrete_decoder():
+    """Eq. (13) is a distribution over the 256 grey levels, and of density times width where the kernel is wide."""
+    levels, mean = ddpm.to_float(torch.arange(256)).double(), torch.tensor(0.2).double()
+    for sigma in (0.003, 0.1, 3.0):
+        log_p = ddpm.discrete_log_likelihood(levels, mean, torch.tensor(sigma).double())
+        assert log_p.exp().sum() == pytest.approx(1, abs=1e-6)
+    density = torch.distributions.Normal(mean, 3.0).log_prob(levels) + math.log(2 / 255)
+    assert log_p[1:-1].allclose(density[1:-1], atol=1e-5)
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_bits_per_dim_of_a_known_model(variance):
+    """N(0, v) data, where Eq. (5) is closed form: the error of x̂_0 has variance 1 / (1 / v + SNR_t)."""
+    torch.manual_seed(0)
+    s, v = make_schedule("linear", 50), 0.04
+    ab, x0 = s.alpha_bar, 0.2 * randn(20000, 1, 1, 1)
+    expected = [(ab[-1] * v - ab[-1] - (1 - ab[-1]).log()) / 2]
+    for t in range(50, 1, -1):
+        sigma2 = (s.beta if variance == "beta" else s.beta_tilde)[t]
+        distance = s.beta_tilde[t] * (s.snr[t - 1] - s.snr[t]) / (1 / v + s.snr[t])
+        expected.append(((sigma2 / s.beta_tilde[t]).log() - 1 + (s.beta_tilde[t] + distance) / sigma2) / 2)
+    rate, rmse = ddpm.rate_distortion(exact_eps(s, 0.0, v), s, x0, variance, clip=False)
+    assert len(rate) == 51 and len(rmse) == 50
+    expected = torch.stack(expected).cumsum(0).float() / math.log(2)
+    assert torch.tensor(rate[:-1]).allclose(expected, rtol=0.02, atol=1e-3)
+    assert torch.tensor(rate).diff().min() > 0 and torch.tensor(rmse).diff().max() < 0.1  # monotone
+    errors = 127.5 * (1 / (1 / v + s.snr[1:].flip(0))).sqrt()
+    assert torch.tensor(rmse).allclose(errors.float(), rtol=0.03)
+    entropy = math.log2(0.2 * math.sqrt(2 * math.pi * math.e) * 127.5)  # of the grey levels, nearly
+    assert entropy - 0.02 < rate[-1] < entropy + (0.5 if variance == "beta" else 5)
+
+def test_interpolation_ends_at_the_noised_endpoints():
+    s, a, b = make_schedule("linear", 20), randn(1, 1, 50, 50), randn(1, 1, 50, 50, seed=1)
+    x = ddpm.interpolate(s, a, b, 10, [0, 0.5, 1])
+    for end, image in ((x[0], a), (x[2], b)):
+        noise = (end - s.alpha_bar[10].sqrt() * image[0]) / (1 - s.alpha_bar[10]).sqrt()
+        assert noise.std() == pytest.approx(1, abs=0.1) and abs(noise.mean()) < 0.1
+    assert x[1].allclose((x[0] + x[2]) / 2)
+
+@pytest.mark.parametrize("sampler", [ddpm.ddpm_sample, ddpm.ddim_sample])
+def test_inpainting_keeps_what_is_known(sampler):
+    s, x0, known = make_schedule("linear", 30), randn(1, 1, 4, 4).clamp(-1, 1), torch.rand(4, 4) < 0.5
+    chain = sampler(ddpm.inpaint(exact_eps(s, 0.7, 1e-6), s, x0, known), s, randn(3, 1, 4, 4, seed=1))
+    *_, (_, _, x0_hat) = chain
+    assert x0_hat.allclose(torch.where(known, x0, 0.7), atol=1e-3)
+
+def write_images(folder, names, size=(40, 30)):
+    from PIL import Image
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = ["RGB", "L", "P"][i % 3] if path.suffix.lower() == ".png" else "RGB"
+        Image.fromarray(np.full((*size, 3), 20 * i % 256, np.uint8)).convert(mode).save(path)
+
+@pytest.mark.parametrize("names", [
+    ["stanford_cars/cars_train/0.jpg", "stanford_cars/cars_train/1.jpg"],
+    ["cars_train/cars_train/0.jpg", "cars_train/cars_train/1.JPG"],
+    ["stanford_cars/Audi/0.jpg", "stanford_cars/BMW/1.jpg"], ["0.jpg", "1.jpg"]])
+def test_cars_in_every_layout(tmp_path, names):
+    write_images(tmp_path, names)
+    (x, y), (x_held, _) = ddpm.load_cars(tmp_path, (16, 24), tmp_path / "cache.pt")
+    assert x.shape == x_held.shape == (1, 3, 16, 24) and x.dtype == torch.uint8
+
+def test_folders(tmp_path, capsys):
+    """Any extension and mode; broken files named and skipped; the cache is used, and remade on a change."""
+    folder, cache = tmp_path / "images", tmp_path / "cache.pt"
+    write_images(folder, ["a/0.JPG", "b/1.png", "b/2.png", "b/3.Png", "a/4.jpeg"])
+    whole = (folder / "a/0.JPG").read_bytes()
+    (folder / "a/broken.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "a/text.png").write_text("not an image")
+    (x, y), (x_held, y_held) = sets = ddpm.load_folder(folder, (16, 16), cache)
+    assert x.shape == (4, 3, 16, 16) and sorted(torch.cat([y, y_held]).tolist()) == [0, 0, 1, 1, 1]
+    err = capsys.readouterr().err
+    assert all(f"skipped {folder}/a/{name}" in err for name in ("broken.jpg", "text.png"))
+    torch.save(torch.load(cache) | {"sets": [(x + 1, y), sets[1]]}, cache)
+    assert torch.equal(ddpm.load_folder(folder, (16, 16), cache)[0][0], x + 1)  # read from the cache
+    write_images(folder, ["c/5.png"])
+    assert len(ddpm.load_folder(folder, (16, 16), cache)[0][0]) == 5
+    cache.write_bytes(b"broken")
+    assert ddpm.load_folder(folder, (8, 12), cache)[0][0].shape == (5, 3, 8, 12)
+    (tmp_path / "none").mkdir()
+    for dataset, word in ((tmp_path / "none", "0 readable images in"), ("cars", "found nothing"), ("car", "cifar10")):
+        expect_exit(capsys, lambda d=dataset: run(dataset=d, data_dir=tmp_path / "none", out=tmp_path), word)
+
+def test_experiments_on_a_folder(tmp_path):
+    write_images(tmp_path / "images", [f"{i}.png" for i in range(40)])
+    m = run("--quick", "--experiments", T=20, dataset=tmp_path / "images", image_size="8x16", out=tmp_path / "out")
+    for name in ("rate_distortion", "interpolation", "inpainting", "samples"):
+        assert (tmp_path / f"out/{name}.png").stat().st_size > 1000
+    assert m["bits_per_dim"] > m["bits_per_dim_rate"] > m["bits_per_dim_L_T"] > 0 and m["inpainting_rmse"] > 0
+    flags = dict(sampler="langevin", sampling_steps=3, num_samples=4, out=tmp_path / "b")
+    m = run(checkpoint=tmp_path / "out/weights.pt", **flags)
+    assert m["dataset"] == str(tmp_path / "images")
+
+def test_two_processes_train_as_one(tmp_path):
+    import subprocess
+    import sys
+    flags = [*TINY, "--steps=5", "--batch=8", "--num-samples=4", "--dropout=0", "--device=cpu"]
+    run(*flags, out=tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ddpm.__file__]
+    subprocess.run([*command, *flags, f"--out={tmp_path}/two"], check=True, capture_output=True)
+    one, two = (torch.load(tmp_path / k / "checkpoint.pt")["ema"] for k in ("one", "two"))
+    assert all(one[name].allclose(two[name], atol=1e-4) for name in one)
+
+@pytest.mark.parametrize("loss, predict", [("vlb", "mu"), ("vlb", "eps"), ("simple", "x0")])
+def test_table_2_trains(tmp_path, loss, predict):
+    m = run(*TINY, loss=loss, predict=predict, steps=8, num_samples=4, out=tmp_path)
+    assert math.isfinite(m["loss"])
 
 # ------------------------------------------------------------------------------------ ddpm_conditional_cfg.py
 
@@ -589,7 +725,7 @@ def test_sohl_quick(tmp_path, data):
     assert again["K_stderr_bits"] == m["K_stderr_bits"]
 
 def test_sohl_learns_beta_and_resumes_exactly(tmp_path, monkeypatch, capsys):
-    """Stopped by Ctrl-C in its 10th of 20 steps and resumed, a run ends with the weights of one not stopped."""
+    """Stopped by Ctrl-C in its 10th of 20 steps and resumed, a run ends as one that was not."""
     flags, bound, calls = ["--quick", "--steps", "20"], sohl.bound, []
     run(*flags, script=sohl, out=tmp_path / "a")
     def interrupted(*a):
