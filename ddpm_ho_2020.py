@@ -381,8 +381,9 @@ def load_cars(data_dir, size, cache):
     except (OSError, StopIteration) as e:
         found = ", ".join(p.name for p in sorted(data_dir.glob("*"))[:9]) or "nothing"
         raise OSError(f"no Stanford Cars in {data_dir}: wanted stanford_cars/cars_train/*.jpg (or nested "
-                      f"again, a folder a class, all in one), found {found}. See github.com/pytorch/vision/"
-                      "issues/7545 for copies, or kaggle.com/datasets/jessicali9530/stanford-cars-dataset") from e
+                      f"again, a folder a class, or all in one), found {found}. For copies see github.com/"
+                      "pytorch/vision/issues/7545, or kaggle.com/datasets/jessicali9530/stanford-cars-dataset"
+                      ) from e
 
 def to_float(images):
     """uint8 0..255 -> float32 [-1, 1].  Sec. 3.3."""

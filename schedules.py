@@ -10,9 +10,7 @@ so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last mo
     python schedules.py           # draws every schedule and what it does to data, into runs/schedules
 
 Add your own: a function of T that returns beta, under @schedule, appears in these figures, in every script's
---schedule and in the tests.
-
-Shapes: B batch, ... the shape of one example (2 for a point in the plane; C, H, W for an image).
+--schedule and in the tests.  Shapes: B batch, ... one example (2 for a point, C, H, W for an image).
 """
 import argparse
 import json
@@ -89,8 +87,8 @@ def like(c, x):
 class Schedule:
     """The tables of one schedule, indexed by the paper's t, and the two distributions of q in closed form.
 
-    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: sampling starts from
-    N(0, I), which is then not where q ends (the usual cause: betas for T = 1000 with a smaller T)."""
+    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: q then does not end in
+    N(0, I), where sampling starts (the usual cause: betas for T = 1000 with a smaller T)."""
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64)
@@ -151,9 +149,7 @@ def accuracy_at(s, t, x, y, eps):
 
 def main(args):
     """Draw schedules.png and destruction.png, measure how long structure lives.  -> {schedule: numbers}"""
-    import matplotlib
-    matplotlib.use("Agg")  # draws to files; no screen needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from sklearn.datasets import load_digits, make_swiss_roll
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x) / 8 - 1  # grey levels 0..16 -> [-1, 1]
@@ -165,12 +161,13 @@ def main(args):
     all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
     ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
     accuracy = {name: [accuracy_at(s, t, x, y, eps) for t in ts] for name, s in all_s.items()}
-    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(),
-                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1)}
+    share = {name: sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1) for name in all_s}
+    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": share[name]}
                for name, s in all_s.items()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    fig, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    fig = Figure(figsize=(16, 4), layout="constrained")
+    axes = fig.subplots(1, 4)
     for name, s in all_s.items():
         for ax, table in zip(axes, (s.beta, s.alpha_bar.sqrt(), s.snr.log())):
             ax.plot(time(args.T)[1:].numpy(), table[1:].numpy(), label=name)
@@ -181,7 +178,8 @@ def main(args):
     fig.savefig(f"{args.out}/schedules.png", dpi=100)
 
     columns = torch.linspace(0, args.T, 7).round().long()
-    fig, axes = plt.subplots(len(all_s), 14, figsize=(14, 1.05 * len(all_s)), layout="constrained")
+    fig = Figure(figsize=(14, 1.05 * len(all_s)), layout="constrained")
+    axes = fig.subplots(len(all_s), 14)
     for row, (name, s) in zip(axes, all_s.items()):
         for i, t in enumerate(columns):
             row[i].scatter(*s.q_sample(roll, t, eps_roll).T.numpy(), s=0.2, linewidths=0, c="k")
@@ -192,7 +190,6 @@ def main(args):
     for i, ax in enumerate(axes.reshape(-1)):
         ax.set(xticks=[], yticks=[], title=f"t={columns[i % 7]}" if i < 14 else "")
     fig.savefig(f"{args.out}/destruction.png", dpi=100)
-    plt.close("all")
 
     Path(args.out, "metrics.json").write_text(json.dumps({"config": vars(args), **metrics}, indent=1))
     print(f"{'schedule':<12}{'signal left at T':>18}{'share of steps with accuracy > 1/2':>38}")

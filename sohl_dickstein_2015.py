@@ -418,7 +418,7 @@ def roll_experiments(args, out, s, net, held_out, K_steps):
         rows[3] += [(f"∇ log q by f_mu, t = {u}", grid, score(s, moments(grid, ts)[0], grid, ts))]
         rows[4] += [(f"∇ log q, exact, t = {u}", grid, score(s, exact(grid, ts)[0], grid, ts))]
     draw(out / "swiss_roll.png", rows)
-    for t in sorted({2, T // 4, T // 2, T * 3 // 4, T}):
+    for t in sorted({max(2, T * k // 4) for k in range(5)}):
         ts, xt = torch.full((len(x0),), t), s.q_sample(x0, t, torch.randn_like(x0))
         ours, true = (score(s, f(xt, ts)[0], xt, ts) for f in (moments, exact))
         metrics[f"score_error_t{t}"] = ((ours - true).norm() / true.norm()).item()
@@ -437,15 +437,18 @@ def roll_experiments(args, out, s, net, held_out, K_steps):
     frames = [PIL.Image.new("1", (300, 300), 1) for _ in range(T + 1)]
     for t, image in enumerate(frames):
         PIL.ImageDraw.Draw(image).point([tuple(xy) for xy in (p[T - t] * 50 + 150).tolist()], 0)
-    frames[0].save(out / "reverse.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 10)
+    more = frames[1:] + frames[-1:] * 10
+    frames[0].save(out / "reverse.gif", save_all=True, append_images=more, duration=100)
     return metrics
 
 def heartbeat_experiments(out, s, net, n):
     """The share of n samples that are heartbeats; samples.png: 40 of them, and what they came from."""
     x = torch.bernoulli(torch.full((n, 20), RHO, dtype=torch.float64))
-    p = {s.T: x} | dict(binomial_reverse(s, lambda xt, t: net(xt, s.alpha_bar[t], RHO), x, RHO))
+    chain = binomial_reverse(s, lambda xt, t: net(xt, s.alpha_bar[t], RHO), x, RHO)
+    ts = (s.T, s.T // 2, s.T // 10, s.T // 100, 0)
+    p = {s.T: x} | {t: xt for t, xt in chain if t in ts}
     fig = Figure(figsize=(10, 4), layout="constrained")
-    for ax, t in zip(fig.subplots(1, 5), (s.T, s.T // 2, s.T // 10, s.T // 100, 0)):
+    for ax, t in zip(fig.subplots(1, 5), ts):
         ax.imshow(p[t][:40].numpy(), cmap="gray_r", aspect="auto")
         ax.set(title=f"t = {t}", xticks=[], yticks=[])
     fig.savefig(out / "samples.png", dpi=80)
