@@ -705,7 +705,9 @@ def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if world > 1:
         torch.distributed.init_process_group()
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
     if args.resume and "optimizer" not in state:
         fail(f"{path} has weights to sample from, not a run to resume: --checkpoint takes it")
