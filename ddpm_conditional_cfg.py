@@ -1,12 +1,10 @@
 """Classifier-Free Diffusion Guidance.  Ho & Salimans 2022, arXiv 2207.12598.
 
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
-predictions points towards "more like class y", and w says how far to go. Equation numbers are the paper's,
-and Ho et al. 2020's in what is copied from there.
+predictions points towards "more like class y", and w says how far to go. (Equations in copies are Ho's.)
 
     python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 4 min 11 s on two CPU cores
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
-    python ddpm_conditional_cfg.py --resume --steps 4000                 # go on with the first run
     python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --w 2
 
 Seed 0, label accuracy and Fréchet distance (floor 21): w = -1 0.10, 68; w = 0 0.984, 25; w = 2 1.000, 96;
@@ -17,7 +15,6 @@ Differs from the paper:
   - x̂_0 is clipped to [-1, 1] in sampling and the EMA is warmed up, for the reasons in ddpm_ho_2020.py.
   - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are from a
     small classifier trained here. Compare them across w and with the floor, not with the paper's.
-
 Shapes: B batch, C channels, H height, W width, D embedding, K classes.
 """
 import argparse
