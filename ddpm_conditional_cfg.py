@@ -90,7 +90,7 @@ def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
     eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
-    for t in range(first or s.T, 0, -1):
+    for t in range(s.T if first is None else first, 0, -1):
         eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
         x0_hat = predict_x0(s, x, t, eps_hat, clip)
         mu_theta, beta_tilde = s.q_posterior(x0_hat, x, t)

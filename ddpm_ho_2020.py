@@ -19,6 +19,8 @@ Differs from the paper:
   - x̂_0 is clipped to [-1, 1] in sampling: in the authors' code, not in Algorithm 2 (--no-clip turns it off).
   - The EMA's decay is warmed up, min(decay, (1 + n) / (10 + n)): short runs would sample their first weights.
   - The presets sample in fewer than T steps: the same chain at a subset of its t (--sampling-steps 1000).
+  - Gradients are clipped at 1 and σ_1² of L_0 is β̃_2: in the authors' code. Bits/dim of 128 held-out images.
+  - DDIM, Langevin dynamics and inpainting are not the paper's: their docstrings name the source.
   - bfloat16 autocast on CUDA; batches drawn with replacement; strided convolutions pad both sides alike.
   - No FID, whose network has to be downloaded, but the Fréchet distance in features of a small classifier
     trained here: compare it with the floor beside it and with other runs on the same data, not with FID.
@@ -78,7 +80,7 @@ def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
     eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
-    for t in range(first or s.T, 0, -1):
+    for t in range(s.T if first is None else first, 0, -1):
         eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
         x0_hat = predict_x0(s, x, t, eps_hat, clip)
         mu_theta, beta_tilde = s.q_posterior(x0_hat, x, t)
@@ -136,7 +138,7 @@ def interpolate(s, a, b, t, weights):
 
 def inpaint(eps_theta, s, x0, known, clip=True):
     """An ε_θ that makes any sampler fill in the unknown pixels of x0: it points from x_t to x̂_0 with the
-    known pixels set right.  x0, known (bool): broadcast to x_t's shape"""
+    known pixels set right. A heuristic, not the posterior.  x0, known (bool): broadcast to x_t's shape"""
     def eps_given(xt, t):
         x0_hat = torch.where(known, x0, predict_x0(s, xt, t, eps_theta(xt, t), clip))
         return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0_hat) / like((1 - s.alpha_bar[t]).sqrt(), xt)
@@ -350,7 +352,8 @@ def load_folder(folder, size, cache):
     except Exception:  # no cache yet, or not a whole one: it is made again
         pass
     images, names, mat = [], [], next(folder.rglob("cars_train_annos.mat"), None)
-    if mat:
+    if mat:  # it labels the training images alone, and the test images have the same names
+        paths = [p for p in paths if "cars_test" not in p.parts]
         from scipy.io import loadmat
         models = {str(a["fname"]): int(a["class"]) for a in loadmat(mat, squeeze_me=True)["annotations"]}
     for path in tqdm(paths, f"reading {folder}"):
@@ -360,7 +363,7 @@ def load_folder(folder, size, cache):
             print(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
             continue
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        names.append(models.get(path.name, 0) if mat else str(path.parent))
+        names.append(models.get(path.name, 0) if mat else path.parent.name)
     if len(images) < 2:
         raise OSError(f"{len(images)} readable images in {folder} and below: two at least are needed, of "
                       f"{' '.join(types)} (any case)")
@@ -369,8 +372,7 @@ def load_folder(folder, size, cache):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     order = order.split(len(images) - max(1, len(images) // 10))
     sets = [(images[i], labels[i]) for i in order]
-    torch.save({"key": key, "sets": sets}, f"{cache}.{os.getpid()}")  # torchrun's processes write one each
-    os.replace(f"{cache}.{os.getpid()}", cache)
+    torch.save({"key": key, "sets": sets}, cache)
     return sets
 
 def load_cars(data_dir, size, cache):
@@ -455,7 +457,7 @@ def sample(net, s, args, n, image_shape, bar=False):
                      ddpm_sample(eps_theta, short, x, args.variance, args.clip))
             for i, xt, x0_hat in tqdm(chain, f"sampling {first + len(x)}/{n}", steps, disable=not bar):
                 if first == 0:
-                    frames.append((round(i * s.T / steps), xt[:16], x0_hat[:16]))
+                    frames.append((round(i * s.T / steps), xt[:16].clone(), x0_hat[:16].clone()))
             images.append(to_uint8(xt))
     return torch.cat(images), frames
 
@@ -589,13 +591,16 @@ def draw_all(out, images, frames, real, losses):
 def experiments(args, net, s, held_out, out):
     """Bits/dim, progressive coding (Sec. 4.3), interpolation (Sec. 4.4), inpainting of held-out images."""
     from scipy.ndimage import distance_transform_edt
+    torch.manual_seed(args.seed)
     eps_theta, x0 = as_eps_theta(net, s, args.predict), to_float(held_out[:128])
     rate, rmse = rate_distortion(eps_theta, s, x0, args.variance, args.clip)
     draw_curve(out / "rate_distortion.png", rate[:-1], rmse, "rate, bits/dim", "RMSE of x̂_0 (0..255)")
 
     def last(x, model=eps_theta, first=None):
-        return to_uint8([x0 for _, x0, _ in ddpm_sample(model, s, x, args.variance, args.clip, first)][-1])
-    weights, ts = [i / 10 for i in range(11)], [s.T // 4, s.T // 2, s.T * 3 // 4, s.T]
+        for _, xt, _ in ddpm_sample(model, s, x, args.variance, args.clip, first):
+            image = xt
+        return to_uint8(image)
+    weights, ts = [i / 10 for i in range(11)], [max(1, s.T * k // 4) for k in (1, 2, 3, 4)]
     rows = {f"t = {t}": last(interpolate(s, x0[:1], x0[-1:], t, weights), first=t) for t in ts}
     mixed = to_uint8(torch.cat([(1 - w) * x0[:1] + w * x0[-1:] for w in weights]))
     draw_rows(out / "interpolation.png", {"pixels": mixed} | rows, [f"λ={w}" for w in weights])
@@ -673,15 +678,14 @@ def get_args(argv=None):
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
     def out(args):
-        return args.out or f"runs/ddpm_ho_2020-{Path(args.dataset).resolve().name}"
+        of = "-samples" if args.checkpoint else ""  # a run's own numbers are not overwritten
+        return args.out or f"runs/ddpm_ho_2020-{Path(args.dataset).resolve().name}{of}"
     if args.checkpoint or args.resume:
         config = load_checkpoint(args.checkpoint or f"{out(args)}/checkpoint.pt")["config"]
-        config = {k: v for k, v in config.items() if k not in OF_THE_RUN}
+        config = {k: v for k, v in config.items() if k not in OF_THE_RUN or (k == "seed" and args.resume)}
         p.set_defaults(**config, num_samples=64 if args.checkpoint else 1000)
     else:
-        p.set_defaults(**PRESETS.get(args.dataset, PRESETS["cars"]))
-    if args.quick:
-        p.set_defaults(**QUICK)
+        p.set_defaults(**PRESETS.get(args.dataset, PRESETS["cars"]) | (QUICK if args.quick else {}))
     args = p.parse_args(argv)
     args.out = out(args)
     if args.dataset not in PRESETS and not args.checkpoint and not Path(args.dataset).is_dir():
@@ -692,9 +696,11 @@ def get_args(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
-    for name in "T steps batch warmup blocks num_samples sampling_steps".split():
+    for name in "steps batch warmup blocks num_samples sampling_steps".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.T < 2:
+        p.error("--T must be at least 2")
     if args.channels < 4 or args.channels % 4 or min(args.multipliers) < 1:
         p.error("--channels must be a multiple of 4 and --multipliers at least 1")
     return args
@@ -704,24 +710,30 @@ def main(args):
     start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if world > 1:
-        torch.distributed.init_process_group()
+        if args.batch % world:
+            fail(f"--batch {args.batch} must be a multiple of the {world} processes")
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group()
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
     if args.resume and "optimizer" not in state:
         fail(f"{path} has weights to sample from, not a run to resume: --checkpoint takes it")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if rank > 0:
+            torch.distributed.barrier()  # the first process downloads or decodes, the others read what it left
         if args.dataset in ("digits", "mnist", "cifar10"):
             sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
         elif args.dataset == "cars":
             sets = load_cars(Path(args.data_dir), args.image_size, out / "cache.pt")
         else:
             sets = load_folder(Path(args.dataset), args.image_size, out / "cache.pt")
+        if world > 1 and rank == 0:
+            torch.distributed.barrier()
         real = [[v.to(args.device) for v in pair] for pair in sets]  # each pair: images, labels
     except OSError as e:
-        if not args.checkpoint:  # which is all that sampling needs
+        if not args.checkpoint or args.experiments:  # sampling needs the checkpoint alone
             fail(e)
     shape = state["image_shape"] if state else list(real[0][0].shape[1:])
 
@@ -745,14 +757,15 @@ def main(args):
         print(f"an earlier run's checkpoint is kept as {kept}")
     if not args.checkpoint:
         state = train(args, net, ema, s, real[0][0], path, state)
-        if world > 1:
-            torch.distributed.destroy_process_group()
-        if rank > 0:
-            return {}
         weights = {k: state[k] for k in ("script", "image_shape", "step", "seconds", "losses")}
         weights["config"] = {k: v for k, v in vars(args).items() if k not in OF_THE_RUN}
         weights["ema"] = {k: v.half() for k, v in state["ema"].items()}
-        torch.save(weights, out / "weights.pt")  # all that --checkpoint needs, an eighth of the size
+        if rank == 0:
+            torch.save(weights, out / "weights.pt")  # all that --checkpoint needs, an eighth of the size
+    if world > 1:
+        torch.distributed.destroy_process_group()
+        if rank > 0:
+            return {}
 
     drawn, losses = time.time(), state["losses"]
     images, frames = sample(ema, s, args, args.num_samples, shape, bar=True)
@@ -762,7 +775,7 @@ def main(args):
                "loss": losses[-max(1, len(losses) // 20):].mean().item(), "seconds_train": state["seconds"],
                "images_per_second": state["step"] * state["config"]["batch"] / state["seconds"],
                "seconds_sample": time.time() - drawn}
-    if real and len(images) > 64:  # the covariance of 64 features needs more samples than that
+    if real and min(len(images), len(real[1][0])) > 64:  # fewer have no covariance of 64 features
         metrics |= evaluate(images, *real, min(1000, args.steps), args.seed)
     if real and args.experiments:
         metrics |= experiments(args, ema, s, real[1][0], out)

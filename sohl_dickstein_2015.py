@@ -160,7 +160,7 @@ class RollNet(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.frequency = nn.Parameter(3 * torch.randn(2, width // 2))
-        self.embed = nn.Linear(width + 3, width)
+        self.embed = nn.Linear(2 * (width // 2) + 3, width)
         self.blocks = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                                   nn.Linear(width, width)) for _ in range(3))
         self.out = nn.Linear(width, 5)
@@ -311,8 +311,6 @@ def train(args, net, ema, logits, data, path, state):
         torch.set_rng_state(state["rng"])
 
     def save():
-        if not losses[:step].isfinite().all():
-            fail(f"the bound is no longer finite at step {step}: try a smaller --lr. {path} is as last saved")
         state = {"script": Path(__file__).stem, "config": vars(args), "step": step, "logits": logits.detach(),
                  "seconds": seconds + time.time() - start, "net": net.state_dict(), "ema": ema.state_dict(),
                  "losses": losses[:step].cpu(), "optimizer": opt.state_dict(), "rng": torch.get_rng_state()}
@@ -335,7 +333,9 @@ def train(args, net, ema, logits, data, path, state):
         loss = ((s.T - 1) * kl - entropies).mean()  # an estimate of -K without bias
         opt.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 100)
+        size = nn.utils.clip_grad_norm_(net.parameters(), 100)
+        if not (loss + size).isfinite():
+            fail(f"the bound is no longer finite at step {step}: try a smaller --lr. {path} is as last saved")
         opt.step()
         decay = min(0.998, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
@@ -345,7 +345,7 @@ def train(args, net, ema, logits, data, path, state):
         if step % 50 == 0:
             bar.set_postfix(K=f"{-losses[step - 50:step].mean():.3f} bits")
         if time.time() - saved > 60:
-            save()  # or end, if the bound is not finite
+            save()
             saved = time.time()
     bar.close()
     signal.signal(signal.SIGINT, handler)
@@ -366,7 +366,7 @@ def evaluate(s, net, x0):
     return K.mean().item(), (K.std() / len(K) ** 0.5).item(), [kl.mean().item() / LOG2 for kl in steps]
 
 def ideal(s, density, x0):
-    """K in bits if reverse_kernel had the true moments: no network does better with this schedule. A matched
+    """K in bits if reverse_kernel had the true moments: none does better with this schedule. A matched
     Gaussian costs ½ E log det(I + (SNR_{t-1} - SNR_t) S) at step t.  -> K, the bits that each step takes"""
     steps = []
     for t in range(2, s.T + 1):
@@ -484,7 +484,7 @@ def get_args(argv=None):
     if args.checkpoint or args.resume:
         path = args.checkpoint or f"{args.out or f'runs/sohl_dickstein_2015-{args.data}'}/checkpoint.pt"
         config = load_checkpoint(path)["config"]
-        p.set_defaults(**{k: config[k] for k in ("data", "noise", *PRESETS["heartbeat"])})
+        p.set_defaults(**{k: config[k] for k in ("data", "noise", "seed", *PRESETS["heartbeat"])})
     else:
         p.set_defaults(**PRESETS[args.data] | QUICK if args.quick else PRESETS[args.data])
     args = p.parse_args(argv)
@@ -497,8 +497,8 @@ def get_args(argv=None):
         p.error("--schedule learned is for the roll: bits cannot be drawn so that β moves them smoothly")
     if min(args.steps, args.batch, args.T - 1, args.num_samples - 1999, args.width // 2) < 1:
         p.error("--steps and --batch must be at least 1, --T and --width 2, --num-samples 2000")
-    if args.noise < 0.005:
-        p.error("--noise must be at least 0.005: with none the roll has no density")
+    if not 0.005 <= args.noise <= 10:
+        p.error("--noise must be from 0.005 (with none the roll has no density) to 10")
     return args
 
 def main(args):
@@ -511,6 +511,8 @@ def main(args):
         out.mkdir(parents=True, exist_ok=True)
         net = (RollNet(args.width) if roll else HeartbeatNet(20, args.width)).to(args.device)
         ema, logits = copy.deepcopy(net).requires_grad_(False), start_beta(args).logit().to(args.device)
+        if state and len(state["logits"]) != args.T:
+            fail(f"the checkpoint has T = {len(state['logits'])}, not {args.T}")
         if state:
             net.load_state_dict(state["net"])
             ema.load_state_dict(state["ema"])

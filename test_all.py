@@ -750,6 +750,7 @@ def test_sohl_learns_beta_and_resumes_exactly(tmp_path, monkeypatch, capsys):
 
 def test_sohl_users_mistakes(tmp_path, capsys):
     for flags, word in (("--data=rolls", "swiss_roll"), ("--noise=0", "--noise"), ("--T=1", "--T"),
+                        ("--quick --lr=1e9 --steps=30", "no longer finite"),
                         ("--data=heartbeat --schedule=learned", "learned"),
                         ("--checkpoint=none.pt", "no checkpoint at")):
         expect_exit(capsys, lambda flags=flags: run(*flags.split(), script=sohl, out=tmp_path), word)
