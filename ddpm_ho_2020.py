@@ -722,7 +722,7 @@ def main(args):
     try:
         out.mkdir(parents=True, exist_ok=True)
         if rank > 0:
-            torch.distributed.barrier()  # the first process downloads or decodes, the others read what it left
+            torch.distributed.barrier()  # the first downloads or decodes, the others read what it left
         if args.dataset in ("digits", "mnist", "cifar10"):
             sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
         elif args.dataset == "cars":
