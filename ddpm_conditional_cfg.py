@@ -9,7 +9,6 @@ predictions points towards "more like class y", and w says how far to go. (Equat
 
 Seed 0, label accuracy and Fréchet distance (floor 21): w = -1 0.10, 68; w = 0 0.984, 25; w = 2 1.000, 96;
 w = 4 1.000, 123; classifier guidance at its best, w = 1: 0.928, 36.
-
 Differs from the paper:
   - Ho et al. 2020's T steps and schedule, not a continuous log-SNR; the sweep draws by DDIM in 50 steps.
   - x̂_0 is clipped to [-1, 1] in sampling and the EMA is warmed up, for the reasons in ddpm_ho_2020.py.
@@ -84,6 +83,10 @@ def predict_x0(s, xt, t, eps_hat, clip=True):
     x0_hat = (xt - like((1 - alpha_bar).sqrt(), xt) * eps_hat) / like(alpha_bar.sqrt(), xt)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
 
+def eps_of(s, xt, t, x0):
+    """The ε that takes x_0 to x_t, (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t): Eq. (4) solved for ε."""
+    return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0) / like((1 - s.alpha_bar[t]).sqrt(), xt)
+
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
     """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0.
 
@@ -104,12 +107,9 @@ def ddim_sample(eps_theta, s, x, clip=True):
 
     x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂"""
     for t in range(s.T, 0, -1):
-        alpha_bar, alpha_bar_prev = s.alpha_bar[t], s.alpha_bar[t - 1]
         eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
         x0_hat = predict_x0(s, x, t, eps_hat, clip)
-        # Clipping changed x̂_0; the ε̂ that goes with it solves Eq. (4) again.
-        eps_hat = (x - like(alpha_bar.sqrt(), x) * x0_hat) / like((1 - alpha_bar).sqrt(), x)
-        x = like(alpha_bar_prev.sqrt(), x) * x0_hat + like((1 - alpha_bar_prev).sqrt(), x) * eps_hat
+        x = s.q_sample(x0_hat, t - 1, eps_of(s, x, t, x0_hat))  # the ε̂ that goes with the clipped x̂_0
         yield t - 1, x, x0_hat
 
 def subchain(eps_theta, s, steps):
@@ -125,7 +125,7 @@ def subchain(eps_theta, s, steps):
 
 # Copied from ddpm_ho_2020.py
 def norm(C):
-    """GroupNorm; 32 groups from 128 channels on, as in the paper, and groups of at least four below."""
+    """GroupNorm; 32 groups, as in the authors' code, if 128 divides C, else fewer, of at least 4 channels."""
     return nn.GroupNorm(math.gcd(32, C // 4), C)
 
 def conv3(C_in, C_out, stride=1):

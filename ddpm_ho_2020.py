@@ -15,7 +15,7 @@ Expect of the first, on two CPU cores, seed 0: 157 s and 1.1 GB; a classifier is
 (of real digits 98 %), the rarest class is 8 % of them, their Fréchet distance is 1.8 times the floor.
 
 Differs from the paper:
-  - Smaller networks and shorter training for digits and MNIST (PRESETS); the flags' defaults are the paper's.
+  - Smaller networks, shorter training for digits, MNIST, cars (PRESETS); the flags' defaults are the paper's.
   - x̂_0 is clipped to [-1, 1] in sampling: in the authors' code, not in Algorithm 2 (--no-clip turns it off).
   - The EMA's decay is warmed up, min(decay, (1 + n) / (10 + n)): short runs would sample their first weights.
   - The presets sample in fewer than T steps: the same chain at a subset of its t (--sampling-steps 1000).
@@ -64,7 +64,7 @@ def as_eps_theta(net, s, predict):
         if predict == "mu":
             without, one = s.q_posterior(0 * xt, xt, t)[0], s.q_posterior(1 + 0 * xt, 0 * xt, t)[0]
             x0_hat = (x0_hat - without) / one
-        return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0_hat) / like((1 - s.alpha_bar[t]).sqrt(), xt)
+        return eps_of(s, xt, t, x0_hat)
     return net if predict == "eps" else eps_theta
 
 def predict_x0(s, xt, t, eps_hat, clip=True):
@@ -73,6 +73,10 @@ def predict_x0(s, xt, t, eps_hat, clip=True):
     alpha_bar = s.alpha_bar[t]
     x0_hat = (xt - like((1 - alpha_bar).sqrt(), xt) * eps_hat) / like(alpha_bar.sqrt(), xt)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
+
+def eps_of(s, xt, t, x0):
+    """The ε that takes x_0 to x_t, (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t): Eq. (4) solved for ε."""
+    return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0) / like((1 - s.alpha_bar[t]).sqrt(), xt)
 
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
     """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0.
@@ -94,12 +98,9 @@ def ddim_sample(eps_theta, s, x, clip=True):
 
     x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂"""
     for t in range(s.T, 0, -1):
-        alpha_bar, alpha_bar_prev = s.alpha_bar[t], s.alpha_bar[t - 1]
         eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
         x0_hat = predict_x0(s, x, t, eps_hat, clip)
-        # Clipping changed x̂_0; the ε̂ that goes with it solves Eq. (4) again.
-        eps_hat = (x - like(alpha_bar.sqrt(), x) * x0_hat) / like((1 - alpha_bar).sqrt(), x)
-        x = like(alpha_bar_prev.sqrt(), x) * x0_hat + like((1 - alpha_bar_prev).sqrt(), x) * eps_hat
+        x = s.q_sample(x0_hat, t - 1, eps_of(s, x, t, x0_hat))  # the ε̂ that goes with the clipped x̂_0
         yield t - 1, x, x0_hat
 
 def subchain(eps_theta, s, steps):
@@ -116,17 +117,18 @@ def score(eps_theta, s, xt, t):
     denoising score matching (Vincent 2011) at every noise level, weighted by 1 - ᾱ_t.  Sec. 3.2"""
     return -eps_theta(xt, t) / like((1 - s.alpha_bar[t]).sqrt(), xt)
 
-def langevin_sample(eps_theta, s, x, each=5, step=0.1):
+def langevin_sample(eps_theta, s, x, clip=True, each=5, step=0.1):
     """Annealed Langevin dynamics, Song & Ermon 2019, Algorithm 1.  Yields as ddpm_sample does.
 
     `each` steps x ← x + α/2 ∇ log q(x) + √α z a noise level, α ∝ σ², then on to the next. Our levels are
-    those of q: σ² is 1 - ᾱ_t, and x, which shrinks by √ᾱ_t where theirs does not, is rescaled in between."""
+    those of q: σ² is 1 - ᾱ_t, and x, which shrinks by √ᾱ_t where theirs does not, is rescaled in between.
+    What is returned at t = 0 is x̂_0, free of the last level's noise, which their algorithm leaves in."""
     for t in range(s.T, 0, -1):
         ts, alpha_bar = torch.full((len(x),), t, device=x.device), s.alpha_bar[t]
         alpha = like(2 * step * (1 - alpha_bar), x)
         for _ in range(each):
             x = x + alpha / 2 * score(eps_theta, s, x, ts) + alpha.sqrt() * torch.randn_like(x)
-        x0_hat = predict_x0(s, x, t, eps_theta(x, ts))
+        x0_hat = predict_x0(s, x, t, eps_theta(x, ts), clip)
         x = x0_hat if t == 1 else x * like((s.alpha_bar[t - 1] / alpha_bar).sqrt(), x)
         yield t - 1, x, x0_hat
 
@@ -141,7 +143,7 @@ def inpaint(eps_theta, s, x0, known, clip=True):
     known pixels set right. A heuristic, not the posterior.  x0, known (bool): broadcast to x_t's shape"""
     def eps_given(xt, t):
         x0_hat = torch.where(known, x0, predict_x0(s, xt, t, eps_theta(xt, t), clip))
-        return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0_hat) / like((1 - s.alpha_bar[t]).sqrt(), xt)
+        return eps_of(s, xt, t, x0_hat)
     return eps_given
 
 # ------------------------------------------------------- Secs. 3.1, 3.3: the bound on the likelihood, in bits
@@ -158,7 +160,7 @@ def vlb_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
     """One term of Eq. (5) an example, bits/dim, and |x_0 - x̂_0|² per dimension.  t (B,) -> (B,), (B,)
 
     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)), Eq. (8) with the variances' part, for t > 1;
-    L_0 = -log p_θ(x_0 | x_1), Eq. (13). σ_1² is β̃_2, as in the authors' code, for β̃_1 = 0 and β_1 is wide."""
+    L_0 = -log p_θ(x_0 | x_1), Eq. (13), with σ_1² = β̃_2 as in the authors' code: β̃_1 is 0."""
     xt = s.q_sample(x0, t, eps)
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
     mu_theta, beta_tilde = s.q_posterior(x0_hat, xt, t)
@@ -189,7 +191,7 @@ def rate_distortion(eps_theta, s, x0, variance="beta", clip=True):
 # --------------------------------------------------------------------------- Sec. 4 and Appendix B: the U-Net
 
 def norm(C):
-    """GroupNorm; 32 groups from 128 channels on, as in the paper, and groups of at least four below."""
+    """GroupNorm; 32 groups, as in the authors' code, if 128 divides C, else fewer, of at least 4 channels."""
     return nn.GroupNorm(math.gcd(32, C // 4), C)
 
 def conv3(C_in, C_out, stride=1):
@@ -453,7 +455,7 @@ def sample(net, s, args, n, image_shape, bar=False):
         for first in range(0, n, 250):
             x = torch.randn(min(250, n - first), *image_shape, device=device)
             chain = (ddim_sample(eps_theta, short, x, args.clip) if args.sampler == "ddim" else
-                     langevin_sample(eps_theta, short, x) if args.sampler == "langevin" else
+                     langevin_sample(eps_theta, short, x, args.clip) if args.sampler == "langevin" else
                      ddpm_sample(eps_theta, short, x, args.variance, args.clip))
             for i, xt, x0_hat in tqdm(chain, f"sampling {first + len(x)}/{n}", steps, disable=not bar):
                 if first == 0:

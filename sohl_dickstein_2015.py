@@ -23,8 +23,8 @@ Differs from the paper:
   - Roll: a residual MLP on sines of x_t for 16 radial basis functions; f_sigma full, not diagonal. The paper
     does not say how noisy its roll is, and K depends on that: hold K against the ceiling.
   - Heartbeat: the paper's three sigmoid layers of 50, but one readout for all t instead of one each.
-  - Posteriors: the r(x_t) that is exact where p(x_0 | x_t) is Gaussian, not the same r for all t.
-  - Adam, its rate decayed to 0, and averaged weights.
+  - Posteriors: the r(x_t) that is exact where p(x_0 | x_t) is Gaussian, not the same r for all t, Eq. (23).
+  - Adam, its rate decayed to 0, and averaged weights; the paper has SFO, a quasi-Newton method.
 
 Shapes: B batch, D dimensions of x (2 of the roll, 20 of the heartbeat).  Bounds: bits in print, nats inside.
 """
@@ -56,9 +56,9 @@ LOG2 = math.log(2)  # nats in a bit
 # ------------------------------------------------ Secs. 2.2, 2.4: Gaussian diffusion, its reversal, the bound
 
 def reverse_kernel(s, moments, xt, t):
-    """p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t)), t >= 2.  Table C.1.
+    """p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t)), t >= 2.  Table App.1.
 
-    moments: any callable (x_t (B, D), t (B,)) -> mean x̂_0 (B, D) and covariance S (B, D, D) of x_0 given x_t.
+    moments: a callable (x_t (B, D), t (B,)) -> mean x̂_0 (B, D) and covariance S (B, D, D) of x_0 given x_t.
     q(x_{t-1} | x_t, x_0) averaged over such x_0 has mean f_mu = μ̃_t(x̂_0, x_t) and covariance
     f_sigma = β̃_t (I + (SNR_{t-1} - SNR_t) S); the Gaussian with the right moments has the smallest KL.
     -> (B, D), (B, D, D)"""
@@ -96,7 +96,8 @@ def given(moments, y, precision):
     """Sec. 2.5: the moments of p(x_0) r(x_0) / Z given x_t, for r(x_0) = Π_i N(y_i; x_0i, 1 / precision_i).
 
     A noisy observation y of all coordinates denoises, of some (precision 0 for the others) inpaints. Given to
-    reverse, this multiplies p(x_{t-1} | x_t) by r(x_{t-1}) = E[r(x_0) | x_{t-1}].  y, precision: (D,)"""
+    reverse, it multiplies p(x_{t-1} | x_t) by r(x_{t-1}) = E[r(x_0) | x_{t-1}]: Eq. (22).
+    y, precision: (D,)"""
     def posterior(xt, t):
         x0_hat, S = moments(xt, t)
         S = torch.linalg.solve(torch.eye(len(y)).to(S) + S * precision, S)  # (S⁻¹ + diag(precision))⁻¹
@@ -106,14 +107,14 @@ def given(moments, y, precision):
 def score(s, x0_hat, xt, t):
     """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t), the mean of ∇ log q(x_t | x_0).  Vincent 2011.
 
-    f_mu is μ̃_t at x̂_0, so it gives the score; and K fits it by denoising score matching.  (B, D) -> (B, D)"""
+    f_mu is μ̃_t at x̂_0, so it gives the score, and K fits it by denoising score matching.  -> (B, D)"""
     alpha_bar = s.alpha_bar[t]
     return (like(alpha_bar.sqrt(), xt) * x0_hat - xt) / like(1 - alpha_bar, xt)
 
 # ------------------------------------------------------ binomial diffusion: now and then a bit is drawn anew
 
 def binomial_posterior(s, x0, xt, t, rho):
-    """The rates of q(x_{t-1} = 1 | x_t, x_0) ∝ q(x_t | x_{t-1} = 1) q(x_{t-1} = 1 | x_0).  Table C.1.
+    """The rates of q(x_{t-1} = 1 | x_t, x_0) ∝ q(x_t | x_{t-1} = 1) q(x_{t-1} = 1 | x_0).  Table App.1.
 
     q(x_t | x_{t-1}) = B((1 - β_t) x_{t-1} + β_t ρ) and so q(x_t | x_0) = B(ᾱ_t x_0 + (1 - ᾱ_t) ρ): with
     probability β_t a bit is drawn anew, from B(ρ).  x0, xt (B, D) of 0. and 1. -> (B, D)"""
@@ -250,7 +251,7 @@ def posterior_of_roll(density, y, precision, n):
     return m[j] + v / total * (y - m[j]) + (v * (1 - v / total)).sqrt() * z
 
 HEARTBEATS = torch.eye(5, dtype=torch.float64).repeat(1, 4)  # all five of them: a 1 at every 5th of 20 bits
-RHO = 0.2  # the rate of the binomial noise: the data's own, as in the paper's Appendix D.1.2
+RHO = 0.2  # rate of the binomial noise: the data's, App. D.1.2 (Table App.1 has 0.5; Table 1 agrees with 0.2)
 
 # --------------------------------------------------------------------------------------------------- training
 
@@ -494,7 +495,7 @@ def get_args(argv=None):
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
     if args.data == "heartbeat" and args.schedule == "learned":
-        p.error("--schedule learned is for the roll: bits cannot be drawn so that β moves them smoothly")
+        p.error("--schedule learned is for the roll: noise on bits cannot be frozen (Sec. 2.4.1)")
     if min(args.steps, args.batch, args.T - 1, args.num_samples - 1999, args.width // 2) < 1:
         p.error("--steps and --batch must be at least 1, --T and --width 2, --num-samples 2000")
     if not 0.005 <= args.noise <= 10:
