@@ -467,11 +467,10 @@ def load_checkpoint(path):
     """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"no checkpoint at {path}")
+        script = state["script"]
     except Exception as e:
-        fail(f"{path} cannot be read: truncated, or not a checkpoint ({type(e).__name__})")
-    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
+        fail(f"no checkpoint can be read at {path}: missing, truncated or another file ({type(e).__name__})")
+    if script != Path(__file__).stem:
         fail(f"{path} is not a checkpoint of {Path(__file__).name}")
     return state
 

@@ -14,83 +14,66 @@ noise's own distribution π, has nothing to learn.
     python sohl_dickstein_2015.py --data heartbeat            # binary sequences, T = 2000
     python sohl_dickstein_2015.py --checkpoint runs/sohl_dickstein_2015-swiss_roll/checkpoint.pt
 
-Expect, on two CPU cores, seed 0: K = 2.64 ± 0.01 bits in 2 minutes; 2.70 is possible, and the paper has 2.35
+Expect, on two CPU cores, seed 0: K = 2.62 ± 0.01 bits in 2 minutes; 2.70 is possible, and the paper has 2.35
 for its roll. Heartbeat: K = -2.37 bits in 1.5 minutes (possible -2.32, paper -2.41), 99 % of samples valid.
 
 Differs from the paper:
-  - The network is given the log-SNR, not t, and says what x_0 may be: its mean and covariance or, of bits,
+  - The network is given ᾱ_t, not t, and says what x_0 may be: its mean and covariance or, of bits,
     probabilities. The closed form of q makes f_mu, f_sigma, f_b of that. The paper's gives these themselves.
-  - Roll: a residual MLP on sines of x_t for 16 radial basis functions; f_sigma full, not diagonal. The paper
+  - Roll: an MLP on x_t and its sines for 16 radial basis functions; f_sigma full, not diagonal. The paper
     does not say how noisy its roll is, and K depends on that: hold K against the ceiling.
   - Heartbeat: the paper's three sigmoid layers of 50, but one readout for all t instead of one each.
   - Posteriors: the r(x_t) that is exact where p(x_0 | x_t) is Gaussian, not the same r for all t, Eq. (23).
-  - Adam, its rate decayed to 0, and averaged weights; the paper has SFO, a quasi-Newton method.
+  - Adam, its rate decayed to 0; the paper has SFO, a quasi-Newton method.
 
-Shapes: B batch, D dimensions of x (2 of the roll, 20 of the heartbeat).  Bounds: bits in print, nats inside.
+Shapes: B batch, D dimensions of x (2 of the roll, 20 of the heartbeat).
 """
 import argparse
-import copy
 import json
 import math
-import os
 import signal
 import sys
 import time
-import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
-import PIL.ImageDraw
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from scipy.stats import wasserstein_distance
+from sklearn.datasets import make_swiss_roll
+from torch.distributions import Bernoulli, Independent, MultivariateNormal, kl_divergence
 from tqdm import tqdm
 
-from schedules import SCHEDULES, Schedule, like, make_schedule
+from schedules import SCHEDULES, Schedule, from_alpha_bar, like, make_schedule
 
-LOG2 = math.log(2)  # nats in a bit
+RHO = 0.2  # rate of the noise on bits: that of the data, App. D.1.2, for which E log π = -H_p (Table App.1: 0.5)
 
-# ------------------------------------------------ Secs. 2.2, 2.4: Gaussian diffusion, its reversal, the bound
+# --------------------------------------------------- Table App.1: Gaussian diffusion, forward and in reverse
 
-def reverse_kernel(s, moments, xt, t):
-    """p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t)), t >= 2.  Table App.1.
+def gaussian_q(x0, alpha_bar):
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I); with ᾱ = 0 the noise itself, π = N(0, I).  x0 (B, D)"""
+    return isotropic(like(alpha_bar.sqrt(), x0) * x0, like(1 - alpha_bar, x0))
 
-    moments: a callable (x_t (B, D), t (B,)) -> mean x̂_0 (B, D) and covariance S (B, D, D) of x_0 given x_t.
+def gaussian_posterior(s, x0, xt, t):
+    """q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I)."""
+    return isotropic(*s.q_posterior(x0, xt, t))
+
+def isotropic(mean, variance):
+    return MultivariateNormal(mean, scale_tril=torch.diag_embed(variance.sqrt().expand_as(mean)))
+
+def gaussian_p(s, moments, xt, t):
+    """p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t)), t >= 2.
+
+    moments: a callable (x_t (B, D), ᾱ_t (B,)) -> mean x̂_0 (B, D) and covariance S (B, D, D) of x_0 given x_t.
     q(x_{t-1} | x_t, x_0) averaged over such x_0 has mean f_mu = μ̃_t(x̂_0, x_t) and covariance
-    f_sigma = β̃_t (I + (SNR_{t-1} - SNR_t) S); the Gaussian with the right moments has the smallest KL.
-    -> (B, D), (B, D, D)"""
-    x0_hat, S = moments(xt, t)
+    f_sigma = β̃_t (I + (SNR_{t-1} - SNR_t) S); the Gaussian with the right moments has the smallest KL."""
+    x0_hat, S = moments(xt, s.alpha_bar[t])
     f_mu, beta_tilde = s.q_posterior(x0_hat, xt, t)
-    gain = like(s.snr[t - 1] - s.snr[t], S)
-    return f_mu, beta_tilde[..., None] * (torch.eye(xt.shape[1]).to(S) + gain * S)
-
-def gaussian_kl(s, moments, x0, xt, t):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, for each example.  (B,)
-
-    KL(N(μ, σ² I) || N(m, Σ)) = ½ [tr(M⁻¹) + (m - μ)ᵀ M⁻¹ (m - μ) / σ² - D + log det M],  M = Σ / σ²"""
-    mu_tilde, beta_tilde = s.q_posterior(x0, xt, t)
-    f_mu, f_sigma = reverse_kernel(s, moments, xt, t)
-    M, delta = f_sigma / beta_tilde[..., None], (f_mu - mu_tilde) / beta_tilde.sqrt()
-    inverse = torch.linalg.inv(M)
-    distance = (delta[:, None] @ inverse @ delta[..., None])[:, 0, 0]
-    return (inverse.diagonal(dim1=1, dim2=2).sum(1) + distance - xt.shape[1] + M.logdet()) / 2
-
-def gaussian_entropies(s, D):
-    """H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T) in nats, where H(N(., v I)) = D/2 log(2πe v).  ()"""
-    return D / 2 * ((1 - s.alpha_bar[-1]).log() - s.beta[1].log() - math.log(2 * math.pi * math.e))
-
-@torch.no_grad()
-def reverse(s, moments, x):
-    """The reverse process from x = x_T ~ N(0, I) (B, D).  Yields (t, x_t) for t = T-1..0."""
-    for t in range(s.T, 1, -1):
-        f_mu, f_sigma = reverse_kernel(s, moments, x, torch.full((len(x),), t))
-        x = f_mu + (torch.linalg.cholesky(f_sigma) @ torch.randn_like(x)[..., None])[..., 0]
-        yield t - 1, x
-    beta = like(s.beta[1], x)  # the forward step, its own reverse where x_1 ~ N(0, I)
-    yield 0, (1 - beta).sqrt() * x + beta.sqrt() * torch.randn_like(x)
+    f_sigma = beta_tilde[..., None] * (torch.eye(xt.shape[1]).to(S) + like(s.snr[t - 1] - s.snr[t], S) * S)
+    return MultivariateNormal(f_mu, f_sigma)
 
 def given(moments, y, precision):
     """Sec. 2.5: the moments of p(x_0) r(x_0) / Z given x_t, for r(x_0) = Π_i N(y_i; x_0i, 1 / precision_i).
@@ -98,104 +81,99 @@ def given(moments, y, precision):
     A noisy observation y of all coordinates denoises, of some (precision 0 for the others) inpaints. Given to
     reverse, it multiplies p(x_{t-1} | x_t) by r(x_{t-1}) = E[r(x_0) | x_{t-1}]: Eq. (22).
     y, precision: (D,)"""
-    def posterior(xt, t):
-        x0_hat, S = moments(xt, t)
+    def posterior(xt, alpha_bar):
+        x0_hat, S = moments(xt, alpha_bar)
         S = torch.linalg.solve(torch.eye(len(y)).to(S) + S * precision, S)  # (S⁻¹ + diag(precision))⁻¹
         return x0_hat + (S @ (precision * (y - x0_hat))[..., None])[..., 0], S
     return posterior
 
-def score(s, x0_hat, xt, t):
+def score(x0_hat, xt, alpha_bar):
     """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t), the mean of ∇ log q(x_t | x_0).  Vincent 2011.
 
     f_mu is μ̃_t at x̂_0, so it gives the score, and K fits it by denoising score matching.  -> (B, D)"""
-    alpha_bar = s.alpha_bar[t]
     return (like(alpha_bar.sqrt(), xt) * x0_hat - xt) / like(1 - alpha_bar, xt)
 
-# ------------------------------------------------------ binomial diffusion: now and then a bit is drawn anew
+# ----------------------------------------- Table App.1: binomial diffusion, now and then a bit is drawn anew
 
-def binomial_posterior(s, x0, xt, t, rho):
-    """The rates of q(x_{t-1} = 1 | x_t, x_0) ∝ q(x_t | x_{t-1} = 1) q(x_{t-1} = 1 | x_0).  Table App.1.
+def bits(rate):
+    return Independent(Bernoulli(rate), 1)
 
-    q(x_t | x_{t-1}) = B((1 - β_t) x_{t-1} + β_t ρ) and so q(x_t | x_0) = B(ᾱ_t x_0 + (1 - ᾱ_t) ρ): with
-    probability β_t a bit is drawn anew, from B(ρ).  x0, xt (B, D) of 0. and 1. -> (B, D)"""
-    beta, alpha_bar_prev = like(s.beta[t], xt), like(s.alpha_bar[t - 1], xt)
-    one = alpha_bar_prev * x0 + (1 - alpha_bar_prev) * rho
-    stay, flip = 1 - beta * (1 - rho), beta * rho  # q(x_t = 1 | x_{t-1} = 1), q(x_t = 1 | x_{t-1} = 0)
+def binomial_q(x0, alpha_bar):
+    """q(x_t | x_0) = B(ᾱ_t x_0 + (1 - ᾱ_t) ρ); with ᾱ = 0 the noise itself, B(ρ).  x0 (B, D): 0., 1."""
+    return bits(like(alpha_bar, x0) * (x0 - RHO) + RHO)
+
+def binomial_posterior(s, x0, xt, t):
+    """q(x_{t-1} = 1 | x_t, x_0) ∝ q(x_t | x_{t-1} = 1) q(x_{t-1} = 1 | x_0), where
+    q(x_t | x_{t-1}) = B((1 - β_t) x_{t-1} + β_t ρ): with probability β_t a bit is drawn anew, from B(ρ)."""
+    beta, one = like(s.beta[t], xt), binomial_q(x0, s.alpha_bar[t - 1]).mean
+    stay, flip = 1 - beta * (1 - RHO), beta * RHO  # q(x_t = 1 | x_{t-1} = 1), q(x_t = 1 | x_{t-1} = 0)
     a = one * torch.where(xt == 1, stay, 1 - stay)
-    return a / (a + (1 - one) * torch.where(xt == 1, flip, 1 - flip))
+    return bits(a / (a + (1 - one) * torch.where(xt == 1, flip, 1 - flip)))
 
-def f_b(s, x0_hat, xt, t, rho):
-    """The rates of p(x_{t-1} = 1 | x_t): q(x_{t-1} | x_t, x_0) averaged over x_0 ~ B(x0_hat).  (B, D)"""
-    one, zero = (binomial_posterior(s, torch.full_like(xt, v), xt, t, rho) for v in (1, 0))
-    return x0_hat * one + (1 - x0_hat) * zero
+def binomial_p(s, x0_hat, xt, t):
+    """p(x_{t-1} | x_t) = B(f_b(x_t, t)): q(x_{t-1} | x_t, x_0) averaged over x_0 ~ B(x0_hat(x_t, ᾱ_t))."""
+    rate = x0_hat(xt, s.alpha_bar[t])
+    one, zero = (binomial_posterior(s, torch.full_like(xt, bit), xt, t).mean for bit in (1, 0))
+    return bits(rate * one + (1 - rate) * zero)
 
-def binomial_kl(s, predict, x0, xt, t, rho):
-    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats, summed over the bits.  (B,)"""
-    q, p = binomial_posterior(s, x0, xt, t, rho), f_b(s, predict(xt, t), xt, t, rho)
-    return (torch.xlogy(q, q / p) + torch.xlogy(1 - q, (1 - q) / (1 - p))).sum(1)
+# ------------------------------------------------- Secs. 2.2 to 2.4: for both, the reverse process, the bound
 
-def binomial_entropies(s, x0, rho):
-    """H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T) in nats, for each example.  (B,)"""
-    def H(p):
-        return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).sum(1)
-    T, one = s.alpha_bar[-1], s.alpha_bar[1]
-    return H(T * x0 + (1 - T) * rho) - H(one * x0 + (1 - one) * rho) - H(torch.full_like(x0, rho))
+GAUSSIAN = gaussian_q, gaussian_posterior, gaussian_p
+BINOMIAL = binomial_q, binomial_posterior, binomial_p
+
+def bound(kind, s, net, x0, t):
+    """The KL of step t at one x_t for each x_0, and the entropies of Eq. (14), in bits.  (B,), (B,)"""
+    q, posterior, p = kind
+    xt = q(x0, s.alpha_bar[t])
+    xt = xt.rsample() if xt.has_rsample else xt.sample()  # the noise is frozen: β moves x_t, and K through it
+    kl = kl_divergence(posterior(s, x0, xt, t), p(s, net, xt, t))
+    # The noise's own entropy, H_p(X_T), is that of q for ᾱ = 0 = β_0.
+    H_q_T, H_q_1, H_p_T = (q(x0, a).entropy() for a in (s.alpha_bar[-1], s.alpha_bar[1], s.beta[0]))
+    return kl / math.log(2), (H_q_T - H_q_1 - H_p_T) / math.log(2)
 
 @torch.no_grad()
-def binomial_reverse(s, predict, x, rho):
-    """The reverse process from x = x_T ~ B(ρ) (B, D).  Yields (t, x_t) for t = T-1..0."""
+def reverse(kind, s, net, x):
+    """The reverse process from x = x_T ~ π (B, D).  Yields (t, x_t) for t = T-1..0."""
+    q, _, p = kind
     for t in range(s.T, 1, -1):
-        ts = torch.full((len(x),), t)
-        x = torch.bernoulli(f_b(s, predict(x, ts), x, ts, rho))
+        x = p(s, net, x, torch.full((len(x),), t)).sample()
         yield t - 1, x
-    yield 0, torch.bernoulli((1 - s.beta[1]) * x + s.beta[1] * rho)  # the forward step, reversed under B(ρ)
+    yield 0, q(x, s.alpha_bar[1]).sample()  # the forward step, its own reverse where x_1 ~ π
 
 # ----------------------------------------------------------------------------------------------- the networks
 
-class RollNet(nn.Module):
-    """x_t, SNR -> the mean and covariance of x_0 given x_t.  (B, 2), (B,) -> (B, 2), (B, 2, 2)
+def mlp(sizes, activation):
+    """Linear layers with an activation between them; the last is 0, so that a new network says nothing."""
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), activation())][:-1]
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    return layers
+
+class RollNet(nn.Sequential):
+    """x_t, ᾱ_t -> the mean and covariance of x_0 given x_t.  (B, 2), (B,) -> (B, 2), (B, 2, 2)
 
     x̂_0 = √ᾱ x_t + √(1 - ᾱ) g,  S = (1 - ᾱ) L Lᵀ: with g = 0, L = I (a new network) this is right for N(0, I)
-    data, and K = L_null. The network gives g, near the roll -ε across it, and the triangular L."""
+    data, and K = L_null. The layers give g, near the roll -ε across it, and the triangular L."""
 
-    def __init__(self, width):
-        super().__init__()
-        self.frequency = nn.Parameter(3 * torch.randn(2, width // 2))
-        self.embed = nn.Linear(2 * (width // 2) + 3, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                                  nn.Linear(width, width)) for _ in range(3))
-        self.out = nn.Linear(width, 5)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, xt, snr):
-        snr, angle = like(snr, xt), xt @ self.frequency
-        alpha_bar, sigma2 = snr / (1 + snr), 1 / (1 + snr)
-        h = self.embed(torch.cat([xt, snr.log() / 4, angle.sin(), angle.cos()], 1))
-        for block in self.blocks:
-            h = h + block(h)
-        g_0, g_1, a, b, c = self.out(F.silu(h)).unbind(1)
-        L = torch.stack([a.exp(), 0 * b, b, c.exp()], 1).reshape(-1, 2, 2)
-        x0_hat = alpha_bar.sqrt() * xt + sigma2.sqrt() * torch.stack([g_0, g_1], 1)
-        return x0_hat, sigma2[..., None] * L @ L.mT
+    def forward(self, xt, alpha_bar):
+        sigma2, log_snr = like(1 - alpha_bar, xt), like(alpha_bar.logit(), xt)
+        waves = (xt[..., None] * torch.arange(1, 17, device=xt.device)).flatten(1)  # (B, 32)
+        h = super().forward(torch.cat([xt, log_snr / 4, waves.sin(), waves.cos()], 1))
+        L = torch.stack([h[:, 2].exp(), 0 * h[:, 3], h[:, 3], h[:, 4].exp()], 1).reshape(-1, 2, 2)
+        return like(alpha_bar.sqrt(), xt) * xt + sigma2.sqrt() * h[:, :2], sigma2[..., None] * L @ L.mT
 
 class HeartbeatNet(nn.Sequential):
-    """x_t -> the probabilities that the bits of x_0 are 1: the paper's MLP.  (B, D), (B,), rate -> (B, D)
+    """x_t, ᾱ_t -> the probabilities that the bits of x_0 are 1: the paper's MLP.  (B, 20), (B,) -> (B, 20)
 
     Its inputs are what each bit says alone, log q(x_t | x_0 = 1) / q(x_t | x_0 = 0): t matters only there."""
 
-    def __init__(self, D, width):
-        super().__init__(nn.Linear(D, width), nn.Sigmoid(), nn.Linear(width, width), nn.Sigmoid(),
-                         nn.Linear(width, width), nn.Sigmoid(), nn.Linear(width, D), nn.Sigmoid())
-
-    def forward(self, xt, alpha_bar, rho):
-        alpha_bar = like(alpha_bar, xt)
-        zero = (1 - alpha_bar) * rho  # q(x_t = 1 | x_0 = 0)
-        one = alpha_bar + zero
-        evidence = torch.where(xt == 1, (one / zero).log(), ((1 - one) / (1 - zero)).log())
-        return super().forward(evidence.float() / 4).to(xt)
+    def forward(self, xt, alpha_bar):
+        one, zero = (binomial_q(torch.full_like(xt, bit), alpha_bar).base_dist for bit in (1, 0))
+        return super().forward((one.log_prob(xt) - zero.log_prob(xt)).float() / 4).sigmoid().to(xt)
 
 # ------------------------------------------------------------------------ the data, whose densities are known
+
+HEARTBEATS = torch.eye(5, dtype=torch.float64).repeat(1, 4)  # all five of them: a 1 at every 5th of 20 bits
 
 def roll_density(noise):
     """scikit-learn's Swiss roll seen from above, standardised, as a mixture of n Gaussians along the spiral
@@ -209,51 +187,39 @@ def roll_density(noise):
 
 def draw_roll(n, noise, seed):
     """n points of the roll, standardised.  float32 (n, 2)"""
-    from sklearn.datasets import make_swiss_roll
     _, _, mean, std = roll_density(noise)
     x = torch.tensor(make_swiss_roll(n, noise=noise, random_state=seed)[0][:, [0, 2]])
     return ((x - mean) / std).float()
 
-def exact_moments(density, s):
-    """What RollNet has to learn: the true mean and covariance of x_0 given x_t.  float64"""
+def exact_moments(density):
+    """What RollNet has to learn: the mean and covariance of x_0 given x_t, a mixture as well.  float64"""
     m, v = density[:2]
 
-    def moments(xt, t):
-        xt, alpha_bar = xt.double(), s.alpha_bar[t].cpu().reshape(-1, 1)
-        var = alpha_bar * v + 1 - alpha_bar  # of x_t about √ᾱ m_j
-        w = sum(-(xt[:, i, None] - alpha_bar.sqrt() * m[:, i]) ** 2 / (2 * var[:, i, None]) for i in (0, 1))
-        w = w.softmax(1)  # p(j | x_t), (B, n)
-        mean, square = w @ m, (w @ (m[:, :, None] * m[:, None]).flatten(1)).reshape(-1, 2, 2)
-        C = square - mean[:, :, None] * mean[:, None]
-        a, b = (1 - alpha_bar) / var, alpha_bar.sqrt() * v / var  # x_0 given x_t and j: a m_j + b x_t
-        S = a[:, :, None] * C * a[:, None] + torch.diag_embed(v * (1 - alpha_bar) / var)
-        return a * mean + b * xt, S
-    return lambda xt, t: tuple(map(torch.cat, zip(*map(moments, xt.split(250), t.split(250)))))
+    def moments(xt, alpha_bar):
+        xt, alpha_bar = xt.double(), alpha_bar[:, None]
+        variance = alpha_bar * v + 1 - alpha_bar  # of x_t about √ᾱ m_j, (B, 2)
+        w = ((alpha_bar.sqrt() * xt / variance) @ m.T - (alpha_bar / variance) @ (m ** 2).T / 2).softmax(1)
+        mean, square = w @ m, w @ (m[:, :, None] * m[:, None]).flatten(1)  # w is p(j | x_t), (B, n)
+        C = square.reshape(-1, 2, 2) - mean[:, :, None] * mean[:, None]
+        a, b = (1 - alpha_bar) / variance, alpha_bar.sqrt() * v / variance  # x_0 given j: near a m_j + b x_t
+        return a * mean + b * xt, a[:, :, None] * C * a[:, None] + torch.diag_embed(v * a)
+    return moments
 
 def negative_entropy(density):
-    """-H(X) = E log q(x_0) in nats: the mean over the spiral of 7 x 7 Gauss-Hermite points about it."""
+    """-H(X) = E log q(x_0) in bits: the mean over the spiral of 7 x 7 Gauss-Hermite points about it."""
     m, v = density[:2]
-    z, weight = (torch.tensor(a) for a in np.polynomial.hermite_e.hermegauss(7))
-    total, step = 0, max(1, len(m) // 200)
-    for i in range(7):
-        for j in range(7):
-            x = m[step // 2::step] + torch.stack([z[i], z[j]]) * v.sqrt()
-            log_w = -((x[:, None] - m) ** 2 / (2 * v)).sum(2)
-            total += weight[i] * weight[j] * log_w.logsumexp(1).mean() / (2 * math.pi)
-    return (total - math.log(len(m)) - (2 * math.pi * v.prod().sqrt()).log()).item()
+    z, weight = map(torch.tensor, np.polynomial.hermite_e.hermegauss(7))
+    nats = -(2 * math.pi * len(m) * v.prod().sqrt()).log()
+    for dz, w in zip(torch.cartesian_prod(z, z), torch.cartesian_prod(weight, weight).prod(1) / 2 / math.pi):
+        x = m[len(m) // 400::len(m) // 200] + dz * v.sqrt()
+        nats += w * (-((x[:, None] - m) ** 2 / v).sum(2) / 2).logsumexp(1).mean()
+    return nats.item() / math.log(2)
 
-def posterior_of_roll(density, y, precision, n):
-    """n exact draws of q(x_0) r(x_0) / Z for the r of given().  float64 (n, 2)"""
-    m, v = density[:2]
-    total = v + 1 / precision  # the variance of y about m_j; infinite where y is not known
-    j = (-((y - m) ** 2 / (2 * total)).sum(1)).softmax(0).multinomial(n, replacement=True)
-    z = torch.randn(n, 2, dtype=torch.float64)
-    return m[j] + v / total * (y - m[j]) + (v * (1 - v / total)).sqrt() * z
+def accept(x, y, precision):
+    """Of draws x of p(x), those that are draws of p(x) r(x) / Z for the r of given(): rejection sampling."""
+    return x[torch.rand(len(x)) < (-precision * (y - x) ** 2 / 2).sum(1).exp()]
 
-HEARTBEATS = torch.eye(5, dtype=torch.float64).repeat(1, 4)  # all five of them: a 1 at every 5th of 20 bits
-RHO = 0.2  # rate of the binomial noise: the data's, App. D.1.2 (Table App.1 has 0.5; Table 1 agrees with 0.2)
-
-# --------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training, evaluation
 
 # Copied from ddpm_ho_2020.py
 def fail(message):
@@ -266,195 +232,130 @@ def load_checkpoint(path):
     """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"no checkpoint at {path}")
+        script = state["script"]
     except Exception as e:
-        fail(f"{path} cannot be read: truncated, or not a checkpoint ({type(e).__name__})")
-    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
+        fail(f"no checkpoint can be read at {path}: missing, truncated or another file ({type(e).__name__})")
+    if script != Path(__file__).stem:
         fail(f"{path} is not a checkpoint of {Path(__file__).name}")
     return state
 
-def start_beta(args):
-    """β_1..β_T of --schedule; learned starts with the log-SNR evenly spaced from 16 to -6. (T,)"""
-    if args.schedule != "learned":
-        return make_schedule(args.schedule, args.T).beta[1:]
-    alpha_bar = F.pad(torch.linspace(16, -6, args.T, dtype=torch.float64).sigmoid(), (1, 0), value=1)
-    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+def start_beta(schedule, T):
+    """β_1..β_T of --schedule; learned starts with the log-SNR evenly spaced from 16 to -6.  (T,)"""
+    alpha_bar = nn.functional.pad(torch.linspace(16, -6, T, dtype=torch.float64).sigmoid(), (1, 0), value=1)
+    return from_alpha_bar(alpha_bar)[1:] if schedule == "learned" else make_schedule(schedule, T).beta[1:]
 
-def schedule_of(args, logits):
-    """The Schedule of β_t = sigmoid(logits[t - 1]); gradients flow into all but β_1, Sec. 2.4.1."""
-    if args.schedule == "learned":
-        logits = torch.cat([logits[:1].detach(), logits[1:]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the signal left at T, which K itself weighs
-        return Schedule(F.pad(logits.sigmoid(), (1, 0))).to(logits.device)
+def schedule_of(net):
+    """The Schedule of β_t = sigmoid(net.logits[t - 1]); if they learn, all but β_1 do: Sec. 2.4.1."""
+    return Schedule(nn.functional.pad(torch.cat([net.logits[:1].detach(), net.logits[1:]]).sigmoid(), (1, 0)))
 
-def bound(s, net, x0, t):
-    """The KL of step t at one x_t for each x_0, and the entropies of Eq. (14), in nats.  (B,), (B,) or ()"""
-    if isinstance(net, HeartbeatNet):
-        xt = torch.bernoulli(like(s.alpha_bar[t], x0) * (x0 - RHO) + RHO)
-        kl = binomial_kl(s, lambda xt, t: net(xt, s.alpha_bar[t], RHO), x0, xt, t, RHO)
-        return kl, binomial_entropies(s, x0, RHO)
-    xt = s.q_sample(x0, t, torch.randn_like(x0))  # the noise is frozen: β moves x_t, and K through it
-    return gaussian_kl(s, lambda xt, t: net(xt, s.snr[t]), x0, xt, t), gaussian_entropies(s, 2)
-
-def train(args, net, ema, logits, data, path, state):
+def train(args, kind, net, data, path, state):
     """Gradient ascent on K, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step.
     Saves to path each minute and at the end, and returns what it saved."""
-    opt = torch.optim.Adam([{"params": net.parameters(), "lr": args.lr}, {"params": [logits], "lr": 0.01}],
-                           betas=(0.9, 0.99))
-    first, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=data.device)
-    rates = [group["lr"] for group in opt.param_groups]
+    opt = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     if state:  # which holds all that the next step depends on
-        first, seconds = state["step"], state["seconds"]
-        losses = torch.cat([state["losses"].to(data.device), losses[first:]])
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-
-    def save():
-        state = {"script": Path(__file__).stem, "config": vars(args), "step": step, "logits": logits.detach(),
-                 "seconds": seconds + time.time() - start, "net": net.state_dict(), "ema": ema.state_dict(),
-                 "losses": losses[:step].cpu(), "optimizer": opt.state_dict(), "rng": torch.get_rng_state()}
-        torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-        os.replace(f"{path}.tmp", path)
-        return state
-
-    stop, start, saved, step = [], time.time(), time.time(), first
+    first, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
+    stop, start, saved = [], time.time(), time.time()
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    bar = tqdm(total=args.steps, desc="training", initial=first, mininterval=1)
-    s = schedule_of(args, logits)
-    while step < args.steps and not stop:
-        for group, lr in zip(opt.param_groups, rates):
-            group["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / args.steps)) / 2
-        if args.schedule == "learned":
-            s = schedule_of(args, logits)
-        x0 = data[torch.randint(len(data), (args.batch,), device=data.device)]
-        t = torch.randint(2, s.T + 1, (args.batch,), device=data.device)  # one term of the sum each
-        kl, entropies = bound(s, net, x0, t)
-        loss = ((s.T - 1) * kl - entropies).mean()  # an estimate of -K without bias
+    bar = tqdm(range(first, args.steps), "training", args.steps, initial=first, mininterval=1)
+    for step in bar:
+        opt.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
+        x0 = data[torch.randint(len(data), (args.batch,))]
+        s = schedule_of(net)
+        kl, entropies = bound(kind, s, net, x0, torch.randint(2, s.T + 1, (args.batch,)))
+        K = (entropies - (s.T - 1) * kl).mean()  # one term of the sum each: an estimate without bias
         opt.zero_grad()
-        loss.backward()
+        (-K).backward()
         size = nn.utils.clip_grad_norm_(net.parameters(), 100)
-        if not (loss + size).isfinite():
-            fail(f"the bound is no longer finite at step {step}: try a smaller --lr. {path} is as last saved")
+        if not (K + size).isfinite():
+            raise ValueError
         opt.step()
-        decay = min(0.998, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
-        losses[step] = loss.detach() / LOG2
-        step += 1
-        bar.update()
-        if step % 50 == 0:
-            bar.set_postfix(K=f"{-losses[step - 50:step].mean():.3f} bits")
-        if time.time() - saved > 60:
-            save()
+        bar.set_postfix(K=f"{K:.3f} bits", refresh=False)
+        if stop or step + 1 == args.steps or time.time() - saved > 60:
             saved = time.time()
-    bar.close()
+            state = {"script": Path(__file__).stem, "config": vars(args), "step": step + 1,
+                     "seconds": seconds + saved - start, "net": net.state_dict(),
+                     "optimizer": opt.state_dict(), "rng": torch.get_rng_state()}
+            torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+            Path(f"{path}.tmp").replace(path)
+        if stop:
+            print(f"stopped at step {step + 1} of {args.steps}; --resume goes on from here")
+            break
     signal.signal(signal.SIGINT, handler)
-    if stop:
-        print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
-    return save()
-
-# ------------------------------------------------------------------------------------------------- evaluation
+    return state
 
 @torch.no_grad()
-def evaluate(s, net, x0):
-    """K in bits over x0, its standard error, and the bits that each step t = 2..T takes from it."""
+def evaluate(kind, s, net, x0, seed=1):
+    """An estimate of K in bits for each x_0, and the bits that each step t = 2..T takes.  (B,), a list"""
+    torch.manual_seed(seed)
     steps = []
     for t in tqdm(range(2, s.T + 1), "bound", disable=s.T < 1000):
-        kl, entropies = bound(s, net, x0, torch.full((len(x0),), t))
+        kl, entropies = bound(kind, s, net, x0, torch.full((len(x0),), t))
         steps.append(kl.double())
-    K = (entropies - sum(steps)) / LOG2
-    return K.mean().item(), (K.std() / len(K) ** 0.5).item(), [kl.mean().item() / LOG2 for kl in steps]
-
-def ideal(s, density, x0):
-    """K in bits if reverse_kernel had the true moments: none does better with this schedule. A matched
-    Gaussian costs ½ E log det(I + (SNR_{t-1} - SNR_t) S) at step t.  -> K, the bits that each step takes"""
-    steps = []
-    for t in range(2, s.T + 1):
-        xt = s.q_sample(x0, t, torch.randn_like(x0))
-        _, S = exact_moments(density, s)(xt, torch.full((len(x0),), t))
-        gain = s.snr[t - 1] - s.snr[t]
-        steps.append((torch.eye(2) + gain * S).logdet().mean().item() / 2 / LOG2)
-    return gaussian_entropies(s, 2).item() / LOG2 - sum(steps), steps
+    return entropies - sum(steps), [kl.mean().item() for kl in steps]
 
 # ------------------------------------------------------------------------------------ experiments and figures
 
-def draw(path, rows, T=0):
-    """A table of pictures: (title, points (n, 2)), (title, points, arrows (n, 2)), (title, {name: curve})."""
-    fig = Figure(figsize=(3.2 * len(rows[0]), 3.2 * len(rows)), layout="constrained")
+def draw(path, rows):
+    """A table of pictures, each (title, points (n, 2)) or (title, points, arrows (n, 2))."""
+    fig = Figure(figsize=(3 * len(rows[0]), 3 * len(rows)), layout="constrained")
     for ax, (title, *what) in zip(fig.subplots(len(rows), len(rows[0])).flat, sum(rows, [])):
-        ax.set_title(title, fontsize=10)
-        if isinstance(what[0], dict):
-            for (name, curve), style in zip(what[0].items(), ("-", "--")):
-                ax.plot(range(T + 1 - len(curve), T + 1), curve, style, label=name)  # which ends at t = T
-            ax.legend()
-            continue
-        ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
+        ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
         xy = [column for a in what for column in a.numpy().T]
         ax.quiver(*xy) if what[1:] else ax.scatter(*xy, s=0.5, c="k")
-    fig.savefig(path, dpi=80)
+    fig.savefig(path, dpi=60)
 
 @torch.no_grad()
 def roll_experiments(args, out, s, net, held_out, K_steps):
     """The ceilings, Fig. 1, the posteriors of Sec. 2.5, the score, their figures.  -> the numbers"""
-    density, x0, T = roll_density(args.noise), held_out[:len(held_out) // 100], s.T
-    moments, exact = (lambda xt, t: net(xt, s.snr[t])), exact_moments(density, s)
-    K_ideal, ideal_steps = ideal(s, density, x0)
-    metrics = {"ceiling_bits": negative_entropy(density) / LOG2, "K_ideal_bits": K_ideal}
+    density, T, x0 = roll_density(args.noise), s.T, held_out[:len(held_out) // 100]
+    exact = exact_moments(density)
+    K_exact, exact_steps = evaluate(GAUSSIAN, s, exact, x0)
+    lost = K_exact - evaluate(GAUSSIAN, s, net, x0)[0]  # of the same x_0 and x_t
+    metrics = {"ceiling_bits": negative_entropy(density), "network_loses_bits": lost.mean().item()}
     for name in SCHEDULES:
-        metrics[f"K_ideal_bits_{name}"] = ideal(make_schedule(name, T), density, x0[:200])[0]
-    beta = {"at the end": s.beta[1:].log10().tolist(), "at the start": start_beta(args).log10().tolist()}
-    bits = {"network": K_steps, "true moments": ideal_steps}
-    draw(out / "bound.png", [[("log10 β_t", beta), ("bits lost at step t", bits)]], T)
+        K, _ = evaluate(GAUSSIAN, make_schedule(name, T), exact, x0)
+        metrics[f"K_ideal_bits_{name}"] = K.mean().item()
+    fig = Figure(figsize=(7, 3), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    left.semilogy(range(1, T + 1), s.beta[1:])
+    left.set(title="β_t", xlabel="t")
+    right.plot(range(2, T + 1), torch.tensor([K_steps, exact_steps]).T, label=["network", "true moments"])
+    right.set(title="bits lost at step t", xlabel="t")
+    right.legend()
+    fig.savefig(out / "bound.png", dpi=100)
 
-    x, axis = torch.randn(2000, 2), torch.linspace(-2.6, 2.6, 18)
-    p, grid = {T: x} | dict(reverse(s, moments, x)), torch.cartesian_prod(axis, axis)
-    rows = [[] for _ in range(5)]
-    for t in (0, T // 2, T):
-        u = max(t, T // 4, 2)  # no f_mu is learned at t = 0, and at small t only very near the roll
-        ts = torch.full((len(grid),), u)
-        xt = s.q_sample(held_out[:2000], t, torch.randn(2000, 2))
-        rows[0] += [(f"q, t = {t}", xt)]
-        rows[1] += [(f"p, t = {t}", p[t])]
-        rows[2] += [(f"f_mu(x, t) - x, t = {u}", grid, reverse_kernel(s, moments, grid, ts)[0] - grid)]
-        rows[3] += [(f"∇ log q by f_mu, t = {u}", grid, score(s, moments(grid, ts)[0], grid, ts))]
-        rows[4] += [(f"∇ log q, exact, t = {u}", grid, score(s, exact(grid, ts)[0], grid, ts))]
-    draw(out / "swiss_roll.png", rows)
-    for t in sorted({max(2, T * k // 4) for k in range(5)}):
-        ts, xt = torch.full((len(x0),), t), s.q_sample(x0, t, torch.randn_like(x0))
-        ours, true = (score(s, f(xt, ts)[0], xt, ts) for f in (moments, exact))
-        metrics[f"score_error_t{t}"] = ((ours - true).norm() / true.norm()).item()
+    x, columns = torch.randn(2000, 2), []
+    p = {T: x} | dict(reverse(GAUSSIAN, s, net, x))
+    for t in (0, T // 4, T // 2, 3 * T // 4, T):
+        u = torch.full((len(x0),), max(t, 2))  # the first t that has an f_mu
+        xt, alpha_bar = s.q_sample(x0, u, torch.randn_like(x0)), s.alpha_bar[u]
+        drift = gaussian_p(s, net, xt, u).mean - xt
+        ours, true = (score(f(xt, alpha_bar)[0], xt, alpha_bar) for f in (net, exact))
+        metrics[f"score_error_t{u[0]}"] = ((ours - true).norm() / true.norm()).item()
+        q = s.q_sample(held_out[:2000], t, torch.randn(2000, 2))
+        fields = ("f_mu(x, t) - x", drift), ("∇ log q by f_mu", ours), ("∇ log q, exact", true)
+        fields = [(f"{name}, t = {u[0]}", xt[:300], field[:300]) for name, field in fields]
+        columns += [[(f"q, t = {t}", q), (f"p, t = {t}", p[t]), *fields]]
+    draw(out / "swiss_roll.png", [list(row) for row in zip(*columns)])
 
     rows, y = [], torch.tensor([0.5, -0.3])
-    for task, precision in ("denoise", (4, 4)), ("inpaint", (1e4, 0)):
-        precision = torch.tensor(precision, dtype=torch.float32)
-        x = dict(reverse(s, given(moments, y, precision), torch.randn(5000, 2)))[0]
-        true, again = (posterior_of_roll(density, y, precision, 5000) for _ in "ab")
+    for task, precision in ("denoise", (4.0, 4.0)), ("inpaint", (1e4, 0.0)):
+        precision = torch.tensor(precision)
+        x = dict(reverse(GAUSSIAN, s, given(net, y, precision), torch.randn(5000, 2)))[0]
+        true, again = (accept(draw_roll(10 ** 6, args.noise, seed), y, precision)[:5000] for seed in (1, 2))
         for name, points in ("", x), ("_floor", again), ("_without_r", p[0]):
             by_coordinate = map(wasserstein_distance, points.numpy().T, true.numpy().T)
             metrics[f"{task}_distance{name}"] = max(by_coordinate)
         rows += [[(f"{task}: exact", true), (f"{task}: the reverse process, perturbed", x)]]
     draw(out / "posteriors.png", rows)
 
-    frames = [PIL.Image.new("1", (300, 300), 1) for _ in range(T + 1)]
-    for t, image in enumerate(frames):
-        PIL.ImageDraw.Draw(image).point([tuple(xy) for xy in (p[T - t] * 50 + 150).tolist()], 0)
-    more = frames[1:] + frames[-1:] * 10
-    frames[0].save(out / "reverse.gif", save_all=True, append_images=more, duration=100)
+    fig = Figure(figsize=(3, 3))
+    dots = fig.add_axes((0, 0, 1, 1), xlim=(-3, 3), ylim=(-3, 3)).scatter(*p[T].T, s=0.5, c="k")
+    frames = [*range(T, 0, -1 - T // 60), *[0] * 10]
+    FuncAnimation(fig, lambda t: dots.set_offsets(p[t]), frames).save(out / "reverse.gif", "pillow", 10)
     return metrics
-
-def heartbeat_experiments(out, s, net, n):
-    """The share of n samples that are heartbeats; samples.png: 40 of them, and what they came from."""
-    x = torch.bernoulli(torch.full((n, 20), RHO, dtype=torch.float64))
-    chain = binomial_reverse(s, lambda xt, t: net(xt, s.alpha_bar[t], RHO), x, RHO)
-    ts = (s.T, s.T // 2, s.T // 10, s.T // 100, 0)
-    p = {s.T: x} | {t: xt for t, xt in chain if t in ts}
-    fig = Figure(figsize=(10, 4), layout="constrained")
-    for ax, t in zip(fig.subplots(1, 5), ts):
-        ax.imshow(p[t][:40].numpy(), cmap="gray_r", aspect="auto")
-        ax.set(title=f"t = {t}", xticks=[], yticks=[])
-    fig.savefig(out / "samples.png", dpi=80)
-    return {"valid_share": (p[0][:, None] == HEARTBEATS).all(2).any(1).double().mean().item()}
 
 # ------------------------------------------------------------------------------------------------------- main
 
@@ -487,16 +388,12 @@ def get_args(argv=None):
         config = load_checkpoint(path)["config"]
         p.set_defaults(**{k: config[k] for k in ("data", "noise", "seed", *PRESETS["heartbeat"])})
     else:
-        p.set_defaults(**PRESETS[args.data] | QUICK if args.quick else PRESETS[args.data])
+        p.set_defaults(**PRESETS[args.data] | (QUICK if args.quick else {}))
     args = p.parse_args(argv)
     args.out = args.out or f"runs/sohl_dickstein_2015-{args.data}"
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
     if args.data == "heartbeat" and args.schedule == "learned":
         p.error("--schedule learned is for the roll: noise on bits cannot be frozen (Sec. 2.4.1)")
-    if min(args.steps, args.batch, args.T - 1, args.num_samples - 1999, args.width // 2) < 1:
+    if min(args.steps, args.batch, args.T - 1, args.num_samples - 1999, args.width - 1) < 1:
         p.error("--steps and --batch must be at least 1, --T and --width 2, --num-samples 2000")
     if not 0.005 <= args.noise <= 10:
         p.error("--noise must be from 0.005 (with none the roll has no density) to 10")
@@ -505,53 +402,54 @@ def get_args(argv=None):
 def main(args):
     """Train (or load), evaluate, draw; writes it all into args.out and returns the numbers."""
     begin, out, roll = time.time(), Path(args.out), args.data == "swiss_roll"
-    path = out / "checkpoint.pt"
+    path, kind = out / "checkpoint.pt", GAUSSIAN if roll else BINOMIAL
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
     torch.manual_seed(args.seed)
+    width = [args.width]
+    net = (RollNet(*mlp([67, *width * 4, 5], nn.SiLU)) if roll else
+           HeartbeatNet(*mlp([20, *width * 3, 20], nn.Sigmoid)))
+    net.logits = nn.Parameter(start_beta(args.schedule, args.T).logit(), args.schedule == "learned")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        net = (RollNet(args.width) if roll else HeartbeatNet(20, args.width)).to(args.device)
-        ema, logits = copy.deepcopy(net).requires_grad_(False), start_beta(args).logit().to(args.device)
-        if state and len(state["logits"]) != args.T:
-            fail(f"the checkpoint has T = {len(state['logits'])}, not {args.T}")
         if state:
             net.load_state_dict(state["net"])
-            ema.load_state_dict(state["ema"])
-            logits = state["logits"].to(logits)
-    except OSError as e:
-        fail(e)
-    except RuntimeError as e:
-        fail(f"the checkpoint has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
-    if not state and path.exists():
-        kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
-        print(f"an earlier run's checkpoint is kept as {kept}")
-    if not args.checkpoint:
-        data = draw_roll(400_000, args.noise, args.seed + 1) if roll else HEARTBEATS
-        logits.requires_grad_(args.schedule == "learned")
-        state = train(args, net, ema, logits, data.to(args.device), path, state)
+        out.mkdir(parents=True, exist_ok=True)
+        if not state and path.exists():
+            kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
+            print(f"an earlier run's checkpoint is kept as {kept}")
+        if not args.checkpoint:
+            data = draw_roll(400_000, args.noise, args.seed + 1) if roll else HEARTBEATS
+            net, data = net.to(args.device), data.to(args.device)
+            state = train(args, kind, net, data, path, state)
+    except (ValueError, torch.linalg.LinAlgError):  # p's parameters are not numbers
+        fail(f"the bound is no longer finite: try a smaller --lr. {path} is as last saved")
+    except (OSError, RuntimeError) as e:  # no such folder, device, or shapes in the checkpoint
+        fail(str(e).splitlines()[-1].strip())
 
     torch.manual_seed(args.seed)
-    net, s = ema.cpu(), schedule_of(args, state["logits"].cpu())
+    net = net.cpu().requires_grad_(False)
+    s = schedule_of(net)
     n = args.num_samples if roll else args.num_samples // 10
     held_out = draw_roll(n, args.noise, args.seed + 2) if roll else HEARTBEATS[torch.randint(5, (n,))]
-    K, K_stderr, K_steps = evaluate(s, net, held_out)
+    K, K_steps = evaluate(kind, s, net, held_out, args.seed + 1)
     metrics = {"script": "sohl_dickstein_2015", "dataset": args.data, "seed": args.seed,
                "device": args.device, "torch": torch.__version__, "steps": state["step"],
                "params": sum(p.numel() for p in net.parameters()), "seconds_train": state["seconds"]}
     if roll:
-        L_null = -math.log2(2 * math.pi * math.e)  # of N(0, I), if the data have variance 1
         metrics |= roll_experiments(args, out, s, net, held_out, K_steps)
-        metrics |= {"L_null_bits": L_null, "K_minus_L_null_bits": K - L_null, "K_bits": K}
-        paper = f"paper: K 2.35, K - L_null 6.45; ceiling -H(X) = {metrics['ceiling_bits']:.3f}"
+        L_null = -math.log2(2 * math.pi * math.e)  # of N(0, I), if the data have variance 1
+        metrics |= {"L_null_bits": L_null, "K_minus_L_null_bits": K.mean().item() - L_null}
     else:
-        metrics |= heartbeat_experiments(out, s, net, n)
-        metrics |= {"true_bits_per_sequence": -math.log2(5), "K_bits_per_sequence": K}
-        paper = "paper: K -2.414"
-    metrics |= {"K_stderr_bits": K_stderr, "seconds_total": time.time() - begin, "config": vars(args)}
-    (out / "metrics.json").write_text(json.dumps(metrics | {"KL_bits_of_step": K_steps}, indent=1))
-    for name, value in list(metrics.items())[:-1]:
+        *_, (_, x) = reverse(kind, s, net, binomial_q(held_out, s.beta[0]).sample())
+        valid = (x[:, None] == HEARTBEATS).all(2).any(1)
+        metrics |= {"valid_share": valid.double().mean().item(), "true_bits_per_sequence": -math.log2(5)}
+        print(*("".join("·█"[int(bit)] for bit in row) for row in x[:8]), sep="\n")
+    metrics |= {"K_bits" if roll else "K_bits_per_sequence": K.mean().item(),
+                "K_stderr_bits": (K.std() / n ** 0.5).item(), "seconds_total": time.time() - begin}
+    for name, value in metrics.items():
         print(f"{name:<28}{value:.4f}" if isinstance(value, float) else f"{name:<28}{value}")
-    print(f"{paper}\nfigures in {out}")
+    print("paper (Table 1): K 2.35, K - L_null 6.45" if roll else "paper (Table 1): K -2.414")
+    metrics |= {"config": vars(args), "KL_bits_of_step": K_steps}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 
 if __name__ == "__main__":

@@ -325,9 +325,9 @@ def test_users_mistakes(tmp_path, capsys, monkeypatch):
     for content in (b"", b"text", file.read_bytes()[:20_000]):
         bad.write_bytes(content)
         expect_exit(capsys, lambda: run(checkpoint=bad), "truncated")
-    for content in ({"script": "another"}, [1]):
+    for content, words in ({"script": "x"}, "not a checkpoint of ddpm_ho_2020.py"), ([1], "another file"):
         torch.save(content, bad)
-        expect_exit(capsys, lambda: run(checkpoint=bad), "not a checkpoint of ddpm_ho_2020.py")
+        expect_exit(capsys, lambda words=words: run(checkpoint=bad), words)
 
 # ------------------------------------------------------------ ddpm_ho_2020.py: the paper's other experiments
 
@@ -610,40 +610,35 @@ def test_cfg_users_mistakes(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------- sohl_dickstein_2015.py
 
-def gaussian_moments(s):
+def gaussian_moments(xt, alpha_bar):
     """The moments for x_0 ~ N(0, I)."""
-    return lambda xt, t: (s.alpha_bar[t].sqrt()[:, None] * xt,
-                          (1 - s.alpha_bar[t])[:, None, None] * torch.eye(xt.shape[1], dtype=xt.dtype))
-
-def test_gaussian_kl_is_torchs():
-    from torch.distributions import MultivariateNormal as Normal
-    from torch.distributions import kl_divergence
-    s, x0, xt, t = make_schedule("linear", 20), randn(6, 3), randn(6, 3, seed=1), torch.arange(2, 8)
-    A = randn(6, 3, 3, seed=2)
-    def moments(xt, t):
-        return 2 * xt, A @ A.mT
-    mu_tilde, beta_tilde = s.q_posterior(x0, xt, t)
-    q = Normal(mu_tilde, beta_tilde[..., None] * torch.eye(3, dtype=torch.float64))
-    expected = kl_divergence(q, Normal(*sohl.reverse_kernel(s, moments, xt, t)))
-    assert sohl.gaussian_kl(s, moments, x0, xt, t).allclose(expected, rtol=1e-9)
+    return alpha_bar.sqrt()[:, None] * xt, (1 - alpha_bar)[:, None, None] * torch.eye(xt.shape[1]).to(xt)
 
 @every_schedule
 def test_K_of_an_isotropic_gaussian_is_its_log_likelihood(name):
-    """As the authors' code notes: the gain over L_null is 0. In expectation tr(M⁻¹) + distance - D is 0."""
+    """As the authors' code notes: the gain over L_null is 0. One KL, written out:
+    KL(N(μ, σ² I) || N(m, σ² M)) = ½ [tr M⁻¹ + (m - μ)ᵀ M⁻¹ (m - μ) / σ² - D + log det M], of which the first
+    three cancel in expectation."""
     s, D = make_schedule(name, 40), 3
-    K, x0 = sohl.gaussian_entropies(s, D).item(), randn(4000, D)
+    K, x0 = 0, randn(4000, D)
     for t in range(2, 41):
         ts = torch.full((len(x0),), t)
-        _, f_sigma = sohl.reverse_kernel(s, gaussian_moments(s), x0, ts)
-        half_log_det = (f_sigma[0] / s.beta_tilde[t]).logdet() / 2
-        K -= half_log_det.item()
-        kl = sohl.gaussian_kl(s, gaussian_moments(s), x0, s.q_sample(x0, t, randn(4000, D, seed=t)), ts)
-        assert (kl.mean() - half_log_det).abs() < 5 * kl.std() / 4000 ** 0.5 + 1e-12
-    assert K == pytest.approx(-D / 2 * math.log(2 * math.pi * math.e), rel=1e-9)
+        torch.manual_seed(t)
+        kl, entropies = sohl.bound(sohl.GAUSSIAN, s, gaussian_moments, x0, ts)
+        torch.manual_seed(t)
+        xt = sohl.gaussian_q(x0, s.alpha_bar[ts]).rsample()
+        p, (mu_tilde, beta_tilde) = sohl.gaussian_p(s, gaussian_moments, xt, ts), s.q_posterior(x0, xt, ts)
+        M, delta = p.covariance_matrix[0, 0, 0] / s.beta_tilde[t], (p.mean - mu_tilde) ** 2 / beta_tilde
+        assert (2 * math.log(2) * kl).allclose(D / M + delta.sum(1) / M - D + D * M.log(), atol=1e-9)
+        assert (kl.mean() - D * M.log2() / 2).abs() < 5 * kl.std() / 4000 ** 0.5 + 1e-12
+        K -= D * M.log2() / 2
+    L_null = -D / 2 * math.log2(2 * math.pi * math.e)
+    assert entropies.unique() == entropies[0] and (K + entropies[0]).item() == pytest.approx(L_null, rel=1e-9)
 
 def test_a_new_network_is_the_null_model():
-    net, s, xt, t = sohl.RollNet(16), make_schedule("linear", 20), torch.randn(5, 2), torch.arange(2, 7)
-    for ours, null in zip(net(xt, s.snr[t]), gaussian_moments(s)(xt.double(), t)):
+    net = sohl.RollNet(*sohl.mlp([67, 16, 5], torch.nn.SiLU))
+    xt, alpha_bar = randn(5, 2), torch.rand(5).double()
+    for ours, null in zip(net(xt.float(), alpha_bar), gaussian_moments(xt, alpha_bar)):
         assert ours.double().allclose(null, atol=1e-6)
 
 def test_exact_moments_are_tweedies():
@@ -655,10 +650,10 @@ def test_exact_moments_are_tweedies():
         def log_q(x, ab=ab):
             return (-((x - ab.sqrt() * m) ** 2 / (2 * (ab * v + 1 - ab))).sum(1)).logsumexp(0)
         for x in s.q_sample(m[::90], t, randn(len(m[::90]), 2)):
-            x0_hat, S = sohl.exact_moments(density, s)(x[None], torch.tensor([t]))
+            x0_hat, S = sohl.exact_moments(density)(x[None], ab[None])
             gradient = torch.autograd.functional.jacobian(log_q, x)
             hessian = torch.autograd.functional.hessian(log_q, x)
-            assert sohl.score(s, x0_hat, x[None], t)[0].allclose(gradient, rtol=1e-6, atol=1e-6)
+            assert sohl.score(x0_hat, x[None], ab[None])[0].allclose(gradient, rtol=1e-6, atol=1e-6)
             assert S[0].allclose((1 - ab) / ab * (torch.eye(2) + (1 - ab) * hessian), rtol=1e-5, atol=1e-8)
 
 def test_roll_density_and_its_bound():
@@ -668,53 +663,59 @@ def test_roll_density_and_its_bound():
     log_q = -((x0[:2000, None] - density[0]) ** 2 / (2 * density[1])).sum(2)
     log_q = log_q.logsumexp(1) - math.log(len(density[0]) * 2 * math.pi) - density[1].log().sum() / 2
     ceiling = sohl.negative_entropy(density)
-    assert abs(log_q.mean() - ceiling) < 4 * log_q.std() / 2000 ** 0.5
-    args = sohl.get_args(["--T", "200"])
-    for beta, least in ((sohl.start_beta(args), -0.2), (SCHEDULES["cosine"](40)[1:], -9)):
+    assert abs(log_q.mean() / math.log(2) - ceiling) < 4 * log_q.std() / 2000 ** 0.5
+    for beta, least in ((sohl.start_beta("learned", 200), -0.2), (SCHEDULES["cosine"](40)[1:], -9)):
         s = Schedule(torch.cat([torch.zeros(1), beta]))
-        K, _ = sohl.ideal(s, density, x0[:300])
-        assert least < K - ceiling / math.log(2) < 0.03
+        K, steps = sohl.evaluate(sohl.GAUSSIAN, s, sohl.exact_moments(density), x0[:1000])
+        log_q_of_them = log_q[:1000] / math.log(2)  # each K estimates a bound on its own log q(x_0)
+        assert least < (K - log_q_of_them).mean() < 4 * (K - log_q_of_them).std() / 1000 ** 0.5
+        assert len(steps) == s.T - 1 and min(steps) > -0.01
 
 def test_posterior_sampler_on_a_gaussian():
     """p = N(0, I), r = N(y; x_0, 1 / precision): p r / Z = N(a y, 1 - a), a = precision / (1 + precision)."""
     torch.manual_seed(0)
     s, y, precision = make_schedule("cosine", 100), torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.0])
-    *_, (t, x) = sohl.reverse(s, sohl.given(gaussian_moments(s), y, precision), randn(20000, 2))
-    mean, variance = torch.tensor([0.75, 0.0]), torch.tensor([0.25, 1.0])
-    assert t == 0 and ((x.mean(0) - mean).abs() < 0.03).all() and ((x.var(0) - variance).abs() < 0.04).all()
-    exact = sohl.posterior_of_roll((torch.zeros(1, 2), torch.ones(2)), y, precision, 20000)
-    assert ((exact.mean(0) - mean).abs() < 0.03).all() and ((exact.var(0) - variance).abs() < 0.04).all()
+    moments = sohl.given(gaussian_moments, y, precision)
+    *_, (t, drawn) = sohl.reverse(sohl.GAUSSIAN, s, moments, randn(20000, 2))
+    for x in (drawn, sohl.accept(randn(60000, 2), y, precision)):
+        assert len(x) > 15000 and ((x.mean(0) - torch.tensor([0.75, 0.0])).abs() < 0.03).all()
+        assert t == 0 and ((x.var(0) - torch.tensor([0.25, 1.0])).abs() < 0.04).all()
 
-def test_binomial_bound_by_enumeration():
+def test_binomial_bound_by_enumeration(monkeypatch):
     """Eq. (14) against its definition, E_q log p(x_T) Π p(x_{t-1} | x_t) / q(x_t | x_{t-1}), over all
     trajectories of two bits, and q(x_{t-1} | x_t, x_0) against Bayes' rule."""
-    s, rho = make_schedule("inverse", 3), 0.5
+    monkeypatch.setattr(sohl, "RHO", rho := 0.5)  # the rate of these data, as 0.2 is the heartbeats'
+    s = make_schedule("inverse", 3)
     states, data = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 2), [1, 2]  # (0, 1) and (1, 0)
     def B(x, rate):
         return torch.where(x == 1, rate, 1 - rate).prod(-1)
     def q_step(t):  # q(x_t = row | x_{t-1} = column)
         return B(states[:, None], (1 - s.beta[t]) * states + s.beta[t] * rho)
     def q_jump(t):
-        return B(states[:, None], s.alpha_bar[t] * (states - rho) + rho)
-    def predict(xt, t):
-        w = q_jump(t[0])[(xt @ torch.tensor([2.0, 1.0]).double()).long()][:, data]
+        return sohl.binomial_q(states, s.alpha_bar[t]).log_prob(states[:, None]).exp()
+    def predict(xt, alpha_bar):
+        w = B(xt[:, None], alpha_bar[0] * (states[data] - rho) + rho)
         return w / w.sum(1, keepdim=True) @ states[data]
     def p_step(t):  # p(x_{t-1} = row | x_t = column)
-        ts = torch.full((4,), t)
-        return B(states[:, None], sohl.f_b(s, predict(states, ts), states, ts, rho))
+        return sohl.binomial_p(s, predict, states, torch.full((4,), t)).log_prob(states[:, None]).exp()
+    assert q_jump(2).allclose(q_step(2) @ q_step(1))
     q = torch.einsum("ba,cb,dc->abcd", q_step(1), q_step(2), q_step(3))[data]
-    p = torch.einsum("ab,bc,cd->abcd", q_step(1), p_step(2), p_step(3))[data] / 4  # its own reverse at t = 1
-    K = sohl.binomial_entropies(s, states[data], rho).mean()
+    noise = B(states, torch.tensor(rho).double())  # p(x_T), under which the step t = 1 is its own reverse
+    p = torch.einsum("ab,bc,cd,d->abcd", q_step(1), p_step(2), p_step(3), noise)[data]
+    K = sohl.bound(sohl.BINOMIAL, s, predict, states[data], torch.tensor([3, 3]))[1].mean() * math.log(2)
     for t in (2, 3):
         for k in data:
-            xt, ts = states, torch.full((4,), t)
-            kl = sohl.binomial_kl(s, predict, states[[k] * 4], xt, ts, rho)
-            K -= 0.5 * (q_jump(t)[:, k] * kl).sum()
+            x0, ts = states[[k] * 4], torch.full((4,), t)
+            posterior = sohl.binomial_posterior(s, x0, states, ts)
             bayes = q_step(t).T * q_jump(t - 1)[:, [k]]  # rows x_{t-1}, columns x_t
-            rates = sohl.binomial_posterior(s, states[[k] * 4], xt, ts, rho)
-            assert B(states[:, None], rates).allclose(bayes / bayes.sum(0))
+            bayes = bayes / bayes.sum(0)
+            assert posterior.log_prob(states[:, None]).exp().allclose(bayes)
+            K -= 0.5 * (q_jump(t)[:, k] * (bayes * (bayes / p_step(t)).log()).sum(0)).sum()
     assert K == pytest.approx((0.5 * q * (p / q).log()).sum().item(), rel=1e-9)
     assert K <= -math.log(2) + 1e-12
+    torch.manual_seed(0)
+    estimate, _ = sohl.evaluate(sohl.BINOMIAL, s, predict, states[data * 20000])
+    assert abs(estimate.mean() * math.log(2) - K) < 4 * estimate.std() / 200
 
 @pytest.mark.parametrize("data", ["swiss_roll", "heartbeat"])
 def test_sohl_quick(tmp_path, data):
@@ -743,16 +744,18 @@ def test_sohl_learns_beta_and_resumes_exactly(tmp_path, monkeypatch, capsys):
     assert "stopped at step 10 of 20" in capsys.readouterr().out
     run("--resume", "--num-samples", "2000", script=sohl, out=tmp_path / "b")
     a, b = (torch.load(tmp_path / k / "checkpoint.pt") for k in "ab")
-    assert b["step"] == 20 and torch.equal(a["logits"], b["logits"]) and torch.equal(a["losses"], b["losses"])
-    assert all(torch.equal(a[k][name], b[k][name]) for k in ("net", "ema") for name in a[k])
-    start = sohl.start_beta(sohl.get_args([])).logit()
-    assert a["logits"][0] == start[0] and ((a["logits"] - start)[1:] != 0).all()
+    assert b["step"] == 20 and all(torch.equal(a["net"][name], b["net"][name]) for name in a["net"])
+    start = sohl.start_beta("learned", 40).logit()
+    assert a["net"]["logits"][0] == start[0] and ((a["net"]["logits"] - start)[1:] != 0).all()
 
 def test_sohl_users_mistakes(tmp_path, capsys):
+    run("--quick", "--steps=1", script=sohl, out=tmp_path / "run")
+    checkpoint = f"--checkpoint={tmp_path}/run/checkpoint.pt"
     for flags, word in (("--data=rolls", "swiss_roll"), ("--noise=0", "--noise"), ("--T=1", "--T"),
-                        ("--quick --lr=1e9 --steps=30", "no longer finite"),
+                        ("--quick --lr=1e9 --steps=30", "no longer finite"), ("--quick --device=tpu", "tpu"),
                         ("--data=heartbeat --schedule=learned", "learned"),
-                        ("--checkpoint=none.pt", "no checkpoint at")):
+                        ("--checkpoint=none.pt", "no checkpoint"),
+                        (f"{checkpoint} --T=9", "size mismatch")):
         expect_exit(capsys, lambda flags=flags: run(*flags.split(), script=sohl, out=tmp_path), word)
 
 # ---------------------------------------------------------------------------------------------------- hygiene
