@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from schedules import SCHEDULES, Schedule, from_alpha_bar, like, make_schedule
 
-RHO = 0.2  # rate of the noise on bits: that of the data, App. D.1.2, for which E log π = -H_p (Table App.1: 0.5)
+RHO = 0.2  # rate of the noise on bits, App. D.1.2 (Table App.1: 0.5). The data's, so that -E log π = H_p(X_T)
 
 # --------------------------------------------------- Table App.1: Gaussian diffusion, forward and in reverse
 
