@@ -29,13 +29,13 @@ Shapes: B batch, C channels, H height, W width, D embedding.
 """
 import argparse
 import copy
-import hashlib
 import json
 import math
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -315,7 +315,7 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
-def load_data(dataset, data_dir, download=True):
+def load_data(dataset, data_dir, size, cache, download=True):
     """-> (images, labels) to train on and (images, labels) held out, uint8 (N, C, H, W) and int64 (N,).
     OSError if not to be had. The set is one tensor, so that a batch is an index and needs no loader."""
     if dataset == "digits":
@@ -324,6 +324,8 @@ def load_data(dataset, data_dir, download=True):
         x, y = torch.tensor(x * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8), torch.tensor(y)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
+    if dataset not in ("mnist", "cifar10"):
+        return load_folder(dataset, Path(data_dir), size, cache)
     from torchvision.datasets import CIFAR10, MNIST
     kind, files = {"mnist": (MNIST, "MNIST/raw: train-images-idx3-ubyte train-labels-idx1-ubyte "
                              "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte, or .gz"),
@@ -337,27 +339,26 @@ def load_data(dataset, data_dir, download=True):
     sets = [(torch.as_tensor(d.data), torch.as_tensor(d.targets)) for d in sets]
     return tuple((x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in sets)
 
-def load_folder(folder, size, cache):
-    """Every image below folder, scaled and cropped in the middle to size (H, W), in colour; labelled by the
-    folder it lies in or, if there is one, by the .mat of Stanford Cars.  As load_data, a tenth held out.
-
-    Decoded once, then kept in the file cache until folder or size change. OSError if under 2 images."""
+def load_folder(dataset, data_dir, size, cache):
+    """Every image below the folder dataset, or of Stanford Cars in any of the layouts that copies come in,
+    scaled and cropped in the middle to size (H, W), in colour. Its class is the folder that it lies in, or
+    what the .mat of Stanford Cars says. Decoded once, then kept in the file cache until something changes."""
     from PIL import Image, ImageOps
-    types = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in types)
-    key = [size] + [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    key = hashlib.sha256(str(key).encode()).hexdigest()
-    try:
+    cars = [data_dir / "stanford_cars", data_dir / "cars_train", data_dir]
+    folder = next((f for f in cars if f.is_dir()), data_dir) if dataset == "cars" else Path(dataset)
+    types = ".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm"
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in types.split())
+    mat, classes = next(folder.rglob("cars_train_annos.mat"), None), {}
+    if mat:  # it labels the training images alone, and the test images have the same names
+        from scipy.io import loadmat
+        paths = [p for p in paths if "cars_test" not in p.parts]
+        classes = {str(a["fname"]): int(a["class"]) for a in loadmat(mat, squeeze_me=True)["annotations"]}
+    key = str([size, classes] + [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
+    with suppress(Exception):  # no cache yet, or not a whole one: it is made again
         kept = torch.load(cache, weights_only=True)
         if kept["key"] == key:
             return kept["sets"]
-    except Exception:  # no cache yet, or not a whole one: it is made again
-        pass
-    images, names, mat = [], [], next(folder.rglob("cars_train_annos.mat"), None)
-    if mat:  # it labels the training images alone, and the test images have the same names
-        paths = [p for p in paths if "cars_test" not in p.parts]
-        from scipy.io import loadmat
-        models = {str(a["fname"]): int(a["class"]) for a in loadmat(mat, squeeze_me=True)["annotations"]}
+    images, names = [], []
     for path in tqdm(paths, f"reading {folder}"):
         try:
             image = ImageOps.fit(Image.open(path).convert("RGB"), size[::-1], Image.BICUBIC)
@@ -365,29 +366,19 @@ def load_folder(folder, size, cache):
             print(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
             continue
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        names.append(models.get(path.name, 0) if mat else path.parent.name)
+        names.append(classes.get(path.name, 0) if mat else path.parent.name)
     if len(images) < 2:
-        raise OSError(f"{len(images)} readable images in {folder} and below: two at least are needed, of "
-                      f"{' '.join(types)} (any case)")
-    classes = {name: k for k, name in enumerate(sorted(set(names)))}
-    images, labels = torch.stack(images), torch.tensor([classes[name] for name in names])
+        found = ", ".join(p.name for p in sorted(folder.glob("*"))[:9]) or "nothing"
+        wanted = f"at least two of {types} (any case)" if dataset != "cars" else (
+            "stanford_cars/cars_train/*.jpg (or nested again, a folder a class, or all in one; copies: "
+            "kaggle.com/datasets/jessicali9530/stanford-cars-dataset, github.com/pytorch/vision/issues/7545)")
+        raise OSError(f"{len(images)} readable images in {folder} and below: wanted {wanted}, found {found}")
+    images, labels = torch.stack(images), torch.tensor(np.unique(names, return_inverse=True)[1])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    order = order.split(len(images) - max(1, len(images) // 10))
+    order = order.split(len(images) - max(1, len(images) // 10))  # a tenth is held out
     sets = [(images[i], labels[i]) for i in order]
     torch.save({"key": key, "sets": sets}, cache)
     return sets
-
-def load_cars(data_dir, size, cache):
-    """load_folder of Stanford Cars, in any of the layouts that copies come in. OSError if there are none."""
-    folders = [data_dir / "stanford_cars", data_dir / "cars_train", data_dir]
-    try:
-        return load_folder(next(f for f in folders if f.is_dir()), size, cache)
-    except (OSError, StopIteration) as e:
-        found = ", ".join(p.name for p in sorted(data_dir.glob("*"))[:9]) or "nothing"
-        raise OSError(f"no Stanford Cars in {data_dir}: wanted stanford_cars/cars_train/*.jpg (or nested "
-                      f"again, a folder a class, or all in one), found {found}. For copies see github.com/"
-                      "pytorch/vision/issues/7545, or kaggle.com/datasets/jessicali9530/stanford-cars-dataset"
-                      ) from e
 
 def to_float(images):
     """uint8 0..255 -> float32 [-1, 1].  Sec. 3.3."""
@@ -480,35 +471,21 @@ def train(args, net, ema, s, images, path, state):
     device, opt = images.device, torch.optim.Adam(net.parameters(), args.lr)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    first, seconds, snapshots, losses = 0, 0.0, {}, torch.zeros(args.steps, device=device)
     if state:  # which holds all that the next step depends on
-        first, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
-        losses = torch.cat([state["losses"].to(device), losses[first:]])
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if images.is_cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
-
-    def save():
-        if not losses[:step].isfinite().all():
-            fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as last saved")
-        state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": list(images.shape[1:]),
-                 "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
-                 "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
-                 "optimizer": opt.state_dict(), "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state(device) if images.is_cuda else None}
-        if rank == 0:
-            torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-            os.replace(f"{path}.tmp", path)
-        return state
-
-    stop, start, saved, step = [], time.time(), time.time(), first
+    else:
+        state = {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
+    first, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
+    losses = torch.cat([state["losses"], torch.zeros(max(0, args.steps - first))]).to(device)
+    stop, start, saved = [], time.time(), time.time()
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     milestones = {max(1, args.steps // 2 ** i) for i in range(6)}  # a row of samples each: one sees it learn
-    bar = tqdm(total=args.steps, desc="training", initial=first, mininterval=1, disable=rank > 0)
-    while step < args.steps and not stop:
-        for group in opt.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+    bar = tqdm(range(first, args.steps), "training", args.steps, initial=first, disable=rank > 0)
+    for step in bar:
+        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
         x0 = to_float(images[torch.randint(len(images), (args.batch,), device=device)])
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
@@ -528,21 +505,29 @@ def train(args, net, ema, s, images, path, state):
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
         losses[step] = loss.detach() + 0 * size  # so that it is not finite if the gradient is not
-        step += 1
-        bar.update()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-        if step in milestones and rank == 0:
-            snapshots[step] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{losses[step - 49:step + 1].mean():.4f}")
+        if step + 1 in milestones and rank == 0:
+            snapshots[step + 1] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
             draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
-        if time.time() - saved > 60:
-            save()  # or end, if the loss is not finite
+        if stop or step + 1 == args.steps or time.time() - saved > 60:
+            if not losses[:step + 1].isfinite().all():
+                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is untouched")
             saved = time.time()
-    bar.close()
+            state = {"script": Path(__file__).stem, "config": vars(args), "snapshots": snapshots,
+                     "image_shape": list(images.shape[1:]), "losses": losses[:step + 1].cpu(),
+                     "step": step + 1, "seconds": seconds + saved - start,
+                     "net": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
+                     "rng": torch.get_rng_state(),
+                     "cuda_rng": torch.cuda.get_rng_state(device) if images.is_cuda else None}
+            if rank == 0:
+                torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+                os.replace(f"{path}.tmp", path)
+        if stop:
+            print(f"stopped at step {step + 1} of {args.steps}; --resume goes on from here")
+            break
     signal.signal(signal.SIGINT, handler)
-    if stop:
-        print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
-    return save()
+    return state
 
 # ---------------------------------------------------------------------------------------------------- figures
 
@@ -632,7 +617,10 @@ PRESETS = {  # what differs from the flags' defaults, which are the paper's for 
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10)
-OF_THE_RUN = "checkpoint resume out data_dir device seed quick num_samples experiments compile".split()
+OF_THE_RUN = ("checkpoint resume out data_dir device seed quick num_samples experiments ablation "
+              "compile").split()
+TABLE_2 = {("mu", "vlb"): 13.22, ("mu", "simple"): math.inf,  # the paper's FID, infinite where unstable
+           ("eps", "vlb"): 13.51, ("eps", "simple"): 3.17}
 
 def image_size(text):
     """"64" -> [64, 64], "48x64" -> [48, 64]"""
@@ -654,6 +642,7 @@ def get_args(argv=None):
     p.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--experiments", action="store_true", help="bits/dim, coding, interpolation, inpainting")
+    p.add_argument("--ablation", action="store_true", help="Table 2: four runs, beside the paper's")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--T", type=int, default=1000, help="diffusion steps (paper: 1000)")
     p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: linear)")
@@ -693,76 +682,81 @@ def get_args(argv=None):
         p.error(f"--dataset {args.dataset} is neither one of {', '.join(PRESETS)} nor a folder")
     mps = torch.backends.mps.is_available()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        p.error(f"--device {args.device} does not work here: {str(e).splitlines()[0]}")
-    for name in "steps batch warmup blocks num_samples sampling_steps".split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.T < 2:
-        p.error("--T must be at least 2")
+    for name in "steps batch warmup blocks num_samples sampling_steps T".split():
+        least = 2 if name == "T" else 1
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}")
     if args.channels < 4 or args.channels % 4 or min(args.multipliers) < 1:
         p.error("--channels must be a multiple of 4 and --multipliers at least 1")
     return args
 
+def ablation(args):
+    """Table 2, small: a run for each of its rows with the covariance fixed, in folders below args.out."""
+    rows = {}
+    for predict, loss in TABLE_2:
+        of_row = {"predict": predict, "loss": loss, "out": f"{args.out}/{predict}-{loss}"}
+        of_row |= {"ablation": False, "experiments": True}
+        rows[predict, loss] = main(argparse.Namespace(**vars(args) | of_row))
+    print("\npredicts, loss      Fréchet  rank   bits/dim   paper's FID on CIFAR-10  rank")
+    ranked = sorted(rows, key=lambda row: rows[row]["frechet"]), sorted(TABLE_2, key=TABLE_2.get)
+    for (predict, loss), m in rows.items():
+        name = f"{predict}, {'L' if loss == 'vlb' else 'L_simple'}"
+        rank, paper = (1 + order.index((predict, loss)) for order in ranked)
+        print(f"{name:<18}{m['frechet']:>9.1f}{rank:>6}{m['bits_per_dim']:>11.2f}"
+              f"{TABLE_2[predict, loss]:>16.2f}{paper:>16}   {'' if rank == paper else 'not as here'}")
+    return {f"{predict}-{loss}": m for (predict, loss), m in rows.items()}
+
 def main(args):
     """Train (or load), sample, evaluate, draw; writes it all into args.out and returns the numbers."""
+    if args.ablation:
+        return ablation(args)
     start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if world > 1:
         if args.batch % world:
             fail(f"--batch {args.batch} must be a multiple of the {world} processes")
         if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
     if args.resume and "optimizer" not in state:
         fail(f"{path} has weights to sample from, not a run to resume: --checkpoint takes it")
+    torch.manual_seed(args.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if rank > 0:
             torch.distributed.barrier()  # the first downloads or decodes, the others read what it left
-        if args.dataset in ("digits", "mnist", "cifar10"):
-            sets = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
-        elif args.dataset == "cars":
-            sets = load_cars(Path(args.data_dir), args.image_size, out / "cache.pt")
-        else:
-            sets = load_folder(Path(args.dataset), args.image_size, out / "cache.pt")
+        try:
+            cache, download = out / "cache.pt", not args.checkpoint
+            real = load_data(args.dataset, args.data_dir, args.image_size, cache, download)
+            real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
+        except OSError:
+            if not args.checkpoint or args.experiments:  # sampling needs the checkpoint alone
+                raise
         if world > 1 and rank == 0:
             torch.distributed.barrier()
-        real = [[v.to(args.device) for v in pair] for pair in sets]  # each pair: images, labels
-    except OSError as e:
-        if not args.checkpoint or args.experiments:  # sampling needs the checkpoint alone
-            fail(e)
-    shape = state["image_shape"] if state else list(real[0][0].shape[1:])
-
-    torch.manual_seed(args.seed)
-    try:
+        shape = state["image_shape"] if state else list(real[0][0].shape[1:])
         net = make_eps_theta(args, shape).to(args.device)
         ema = copy.deepcopy(net).requires_grad_(False).eval()
         if state:
             net.load_state_dict(state.get("net", state["ema"]))
             ema.load_state_dict(state["ema"])
-    except ValueError as e:
-        fail(e)
-    except RuntimeError as e:
-        fail(f"the checkpoint has other shapes than the flags ask for: {str(e).splitlines()[-1].strip()}")
+        s = make_schedule(args.schedule, args.T).to(args.device)
+    except (OSError, ValueError, RuntimeError, AssertionError) as e:  # data, sizes, shapes, the device
+        fail(str(e).splitlines()[-1].strip())
     if args.compile:
         net.compile()
         ema.compile()
-    s = make_schedule(args.schedule, args.T).to(args.device)
     if not state and path.exists() and rank == 0:
         kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
         print(f"an earlier run's checkpoint is kept as {kept}")
     if not args.checkpoint:
         state = train(args, net, ema, s, real[0][0], path, state)
-        weights = {k: state[k] for k in ("script", "image_shape", "step", "seconds", "losses")}
-        weights["config"] = {k: v for k, v in vars(args).items() if k not in OF_THE_RUN}
-        weights["ema"] = {k: v.half() for k, v in state["ema"].items()}
-        if rank == 0:
-            torch.save(weights, out / "weights.pt")  # all that --checkpoint needs, an eighth of the size
+        if rank == 0:  # all that --checkpoint needs, an eighth of the size
+            weights = {k: state[k] for k in ("script", "image_shape", "step", "seconds", "losses")}
+            weights["config"] = {k: v for k, v in vars(args).items() if k not in OF_THE_RUN}
+            weights["ema"] = {k: v.half() for k, v in state["ema"].items()}
+            torch.save(weights, out / "weights.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
         if rank > 0:
