@@ -236,30 +236,29 @@ class UNet(nn.Module):
             h = block(torch.cat([h, skips.pop()], 1), emb)
         return self.out(h).to(x.dtype)  # bfloat16 under autocast, where the process stays in float32
 
-CLASSES = 10  # K, in both datasets; ∅ is label 10. From here on it is what guidance adds to the U-Net.
-
+# Own: what guidance adds to the U-Net.
 class ConditionalUNet(UNet):
     """ε_θ(x_t, t, y): the U-Net as it is; the embedding of y is added to that of t and goes wherever it goes.
     (B, C, H, W), (B,), (B,) in 0..K -> (B, C, H, W).  Row K of the table is the null token ∅."""
 
-    def __init__(self, *shape):
+    def __init__(self, K, *shape):
         super().__init__(*shape)
-        self.label = nn.Embedding(CLASSES + 1, self.embed[-1].out_features)
+        self.null, self.label = K, nn.Embedding(K + 1, self.embed[-1].out_features)
 
     def forward(self, x, t, y):
         with self.embed.register_forward_hook(lambda module, inputs, emb: emb + self.label(y)):
             return super().forward(x, t)
 
-def make_eps_theta(args, image_shape):
-    """The network that args describe, for images of shape (C, H, W).  ValueError if the size does not fit."""
-    net = ConditionalUNet(image_shape, args.channels, args.multipliers, args.blocks, args.attention, 0.0)
+def make_eps_theta(args, image_shape, K=10):
+    """The network that args describe, for images (C, H, W) of K classes.  ValueError if they do not fit."""
+    net = ConditionalUNet(K, image_shape, args.channels, args.multipliers, args.blocks, args.attention, 0.0)
     return net.to(memory_format=torch.channels_last)  # a quarter faster on a CPU, more on a GPU
 
-def make_classifier(args, image_shape):
+def make_classifier(args, image_shape, K=10):
     """log p(y | x_t) + const, told t: the U-Net's way down at half the width, then the mean over pixels and a
     linear layer.  Dhariwal & Nichol 2021, Sec. 4.  (B, C, H, W), (B,) -> logits (B, K)"""
     net = UNet(image_shape, args.channels // 2, args.multipliers, args.blocks, args.attention, 0.0)
-    head = nn.Linear(args.channels // 2 * args.multipliers[-1], CLASSES)
+    head = nn.Linear(args.channels // 2 * args.multipliers[-1], K)
     net.up, net.out = nn.ModuleList(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     return net.to(memory_format=torch.channels_last)
 
@@ -346,6 +345,16 @@ def frechet_distance(a, b):
     root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # the trace of the root
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
+# Own: what ddpm_ho_2020.py has decoded needs no second reader here.
+def load_images(dataset, data_dir, download):
+    """load_data, and of cars or a folder what `python ddpm_ho_2020.py --dataset ...` keeps in its cache."""
+    if dataset in ("digits", "mnist", "cifar10"):
+        return load_data(dataset, data_dir, download)
+    cache = Path(f"runs/ddpm_ho_2020-{Path(dataset).resolve().name}/cache.pt")
+    if not cache.exists():
+        raise OSError(f"no {cache}, where ddpm_ho_2020.py --dataset {dataset} --quick keeps decoded images")
+    return torch.load(cache, weights_only=True)["sets"]
+
 # ------------------------------------------------------------------------------ sampling, training, figures
 
 @torch.no_grad()
@@ -355,8 +364,8 @@ def sample(nets, kind, s, args, y, w, image_shape):
     images, steps, eps_theta = [], min(args.sampling_steps, s.T), nets["eps_theta"]
     torch.manual_seed(args.seed)
     for part in y.split(250):
-        eps_tilde = (guided(eps_theta, part, CLASSES, w) if kind == "free" else
-                     classifier_guided(eps_theta, nets["classifier"], s, part, CLASSES, w))
+        eps_tilde = (guided(eps_theta, part, eps_theta.null, w) if kind == "free" else
+                     classifier_guided(eps_theta, nets["classifier"], s, part, eps_theta.null, w))
         eps_tilde, short = subchain(eps_tilde, s, steps)
         x = torch.randn(len(part), *image_shape, device=y.device)
         chain = (ddim_sample if args.sampler == "ddim" else ddpm_sample)(eps_tilde, short, x)
@@ -369,34 +378,21 @@ def train(args, nets, ema, s, images, labels, path, state):
     """Algorithm 1 and, beside it, the classifier of x_t, from state (a checkpoint, or None) to args.steps.
     Ctrl-C stops it after the step at hand. Saves to path each minute and at the end; returns that state."""
     device, opt = images.device, torch.optim.Adam(nets.parameters(), args.lr)
-    step, seconds, losses = 0, 0.0, torch.zeros(args.steps, device=device)
     if state:  # which holds all that the next step depends on
-        step, seconds = state["step"], state["seconds"]
-        losses = torch.cat([state["losses"].to(device), losses[step:]])
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
+    state = state or {"step": 0, "seconds": 0.0, "losses": torch.zeros(0)}
+    first, seconds, eps_theta = state["step"], state["seconds"], nets["eps_theta"]
+    losses = torch.cat([state["losses"], torch.zeros(max(0, args.steps - first))]).to(device)
     stop, start, saved = [], time.time(), time.time()
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    bar = tqdm(total=args.steps, desc="training", initial=step, mininterval=1)
-    while True:
-        done = stop or step >= args.steps
-        if done or time.time() - saved > 60 or (step % 50 == 0 and not losses[:step].isfinite().all()):
-            if not losses[:step].isfinite().all():
-                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is untouched")
-            state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": images.shape[1:],
-                     "step": step, "seconds": seconds + time.time() - start, "losses": losses[:step].cpu(),
-                     "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
-                     "rng": torch.get_rng_state()}
-            torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-            Path(f"{path}.tmp").replace(path)
-            saved = time.time()
-        if done:
-            break
+    bar = tqdm(range(first, args.steps), "training", args.steps, initial=first)
+    for step in bar:
         opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100)
         i = torch.randint(len(images), (args.batch,), device=device)
         t = torch.randint(1, s.T + 1, (args.batch,), device=device)
         x0, y, eps = to_float(images[i]), labels[i], torch.randn(args.batch, *images.shape[1:], device=device)
-        loss = l_cfg(nets["eps_theta"], s, x0, drop_labels(y, CLASSES, args.p_uncond), t, eps)
+        loss = l_cfg(eps_theta, s, x0, drop_labels(y, eps_theta.null, args.p_uncond), t, eps)
         logits = nets["classifier"](s.q_sample(x0, t, eps), t)  # shares only the noised images with ε_θ
         opt.zero_grad()
         (loss + F.cross_entropy(logits, y)).backward()
@@ -405,14 +401,22 @@ def train(args, nets, ema, s, images, labels, path, state):
         decay = min(0.998, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in nets.parameters()], 1 - decay)
         losses[step] = loss.detach() + 0 * size  # so that it is not finite if a gradient is not
-        step += 1
-        bar.update()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-    bar.close()
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{losses[step - 49:step + 1].mean():.4f}")
+        if stop or step + 1 == args.steps or time.time() - saved > 60:
+            if not losses[:step + 1].isfinite().all():
+                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is untouched")
+            saved = time.time()
+            state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": images.shape[1:],
+                     "step": step + 1, "seconds": seconds + saved - start, "losses": losses[:step + 1].cpu(),
+                     "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
+                     "rng": torch.get_rng_state()}
+            torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+            Path(f"{path}.tmp").replace(path)
+        if stop:
+            print(f"stopped at step {step + 1} of {args.steps}; --resume goes on from here")
+            break
     signal.signal(signal.SIGINT, handler)
-    if stop:
-        print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
     return state
 
 def draw(out, rows, columns, sweeps, floor):
@@ -444,6 +448,7 @@ def draw(out, rows, columns, sweeps, floor):
 PRESETS = {
     "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], steps=2000, lr=2e-3, batch=128),
     "mnist": dict(channels=32, multipliers=[1, 2, 3], blocks=1, attention=[7], steps=4200, lr=2e-3, batch=64),
+    "cars": dict(channels=64, multipliers=[1, 2, 3], blocks=1, attention=[16], steps=50000, lr=1e-3, batch=64)
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5)
 OF_THE_RUN = "checkpoint resume out device data_dir seed quick num_samples classes w".split()
@@ -451,7 +456,7 @@ OF_THE_RUN = "checkpoint resume out device data_dir seed quick num_samples class
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset."""
     p = argparse.ArgumentParser(description="Classifier-free guidance (Ho & Salimans 2022).")
-    p.add_argument("--dataset", choices=PRESETS, default="digits", help="digits (8x8): no download")
+    p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or a folder")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, or will")
     p.add_argument("--out", default="runs/ddpm_conditional_cfg-DATASET", help="folder for the results")
     p.add_argument("--seed", type=int, default=0)
@@ -464,51 +469,56 @@ def get_args(argv=None):
     p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: cosine)")
     p.add_argument("--p-uncond", type=float, default=0.1, help="share of labels dropped (paper: 0.1, 0.2)")
     p.add_argument("--steps", type=int, help="training steps; default by --dataset")
+    p.add_argument("--channels", type=int, help="width of the U-Net's first level; default by --dataset")
     p.add_argument("--lr", type=float, help="Adam's learning rate; default by --dataset")
     p.add_argument("--guidance", nargs="+", choices=["free", "classifier"], default=["free", "classifier"])
     p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.5, 1, 2, 4], help="weights w of Eq. (6)")
-    p.add_argument("--classes", default="0,1,2,3,4,5,6,7,8,9", help="labels to draw, in equal shares")
+    p.add_argument("--classes", help="labels to draw, in equal shares, as 3,7; default: all")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim")
     p.add_argument("--sampling-steps", type=int, default=50, help="steps of the sampler (paper: 128 to 1024)")
     p.add_argument("--num-samples", type=int, default=1000, help="per w (paper: 50000); 64 with --checkpoint")
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
     quick = QUICK if args.quick else {"num_samples": 64} if args.checkpoint else {}
-    p.set_defaults(**PRESETS[args.dataset] | quick)
+    p.set_defaults(**PRESETS.get(args.dataset, PRESETS["cars"]) | quick)
     if args.checkpoint or args.resume:
-        old = load_checkpoint(args.checkpoint or args.out.replace("DATASET", args.dataset) + "/checkpoint.pt")
-        p.set_defaults(**{k: v for k, v in old["config"].items() if k not in OF_THE_RUN})
+        out = args.out.replace("DATASET", Path(args.dataset).resolve().name)
+        config = load_checkpoint(args.checkpoint or f"{out}/checkpoint.pt")["config"]
+        p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
     args = p.parse_args(argv)
-    args.out = args.out.replace("DATASET", args.dataset)
-    try:
-        torch.empty(0, device=args.device)
-        args.classes = [int(c) for c in args.classes.split(",")]
-        guided(None, torch.tensor(args.classes), CLASSES, 0)  # a ValueError now, not after the training
-    except (ValueError, RuntimeError, AssertionError) as e:
-        p.error(f"--classes {args.classes} or --device {args.device} does not work: {str(e).splitlines()[0]}")
+    args.out = args.out.replace("DATASET", Path(args.dataset).resolve().name)
+    if args.dataset not in (*PRESETS, "cifar10") and not args.checkpoint and not Path(args.dataset).is_dir():
+        p.error(f"--dataset {args.dataset} is neither one of {', '.join(PRESETS)}, cifar10 nor a folder")
     if min(args.T, args.steps, args.sampling_steps, args.num_samples) < 1 or not 0 < args.p_uncond < 1:
         p.error("--T, --steps, --sampling-steps, --num-samples start at 1; --p-uncond lies between 0 and 1")
+    if args.channels < 8 or args.channels % 8:
+        p.error("--channels must be a multiple of 8")
     return args
 
 def main(args):
     """Train (or load), sweep over w, evaluate, draw; writes it all into args.out and returns the numbers."""
     start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
+    torch.manual_seed(args.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        real = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
-        real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
-    except OSError as e:
-        if not args.checkpoint:  # which is all that sampling needs
-            fail(e)
-    shape = state["image_shape"] if state else list(real[0][0].shape[1:])
-
-    torch.manual_seed(args.seed)
-    nets = {"eps_theta": make_eps_theta(args, shape), "classifier": make_classifier(args, shape)}
-    nets = nn.ModuleDict(nets).to(args.device)
-    ema = copy.deepcopy(nets).requires_grad_(False).eval()
-    if state:
-        nets.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
+        try:
+            real = load_images(args.dataset, args.data_dir, download=not args.checkpoint)
+            real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
+        except OSError:
+            if not args.checkpoint:  # which is all that sampling needs
+                raise
+        shape = state["image_shape"] if state else list(real[0][0].shape[1:])
+        K = int(1 + max(y.max() for _, y in real)) if real else len(state["ema"]["eps_theta.label.weight"]) - 1
+        args.classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(K))
+        guided(None, torch.tensor(args.classes), K, 0)  # a ValueError now, not after the training
+        nets = {"eps_theta": make_eps_theta(args, shape, K), "classifier": make_classifier(args, shape, K)}
+        nets = nn.ModuleDict(nets).to(args.device)
+        ema = copy.deepcopy(nets).requires_grad_(False).eval()
+        if state:
+            nets.load_state_dict(state["net"])
+            ema.load_state_dict(state["ema"])
+    except (OSError, ValueError, RuntimeError, AssertionError) as e:  # data, labels, sizes, the device
+        fail(str(e).splitlines()[-1].strip())
     s = make_schedule(args.schedule, args.T).to(args.device)
     if not state and path.exists():
         print("the earlier checkpoint is now", path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt"))

@@ -315,7 +315,7 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
-def load_data(dataset, data_dir, size, cache, download=True):
+def load_data(dataset, data_dir, download=True):
     """-> (images, labels) to train on and (images, labels) held out, uint8 (N, C, H, W) and int64 (N,).
     OSError if not to be had. The set is one tensor, so that a batch is an index and needs no loader."""
     if dataset == "digits":
@@ -324,8 +324,6 @@ def load_data(dataset, data_dir, size, cache, download=True):
         x, y = torch.tensor(x * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8), torch.tensor(y)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
-    if dataset not in ("mnist", "cifar10"):
-        return load_folder(dataset, Path(data_dir), size, cache)
     from torchvision.datasets import CIFAR10, MNIST
     kind, files = {"mnist": (MNIST, "MNIST/raw: train-images-idx3-ubyte train-labels-idx1-ubyte "
                              "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte, or .gz"),
@@ -341,8 +339,9 @@ def load_data(dataset, data_dir, size, cache, download=True):
 
 def load_folder(dataset, data_dir, size, cache):
     """Every image below the folder dataset, or of Stanford Cars in any of the layouts that copies come in,
-    scaled and cropped in the middle to size (H, W), in colour. Its class is the folder that it lies in, or
-    what the .mat of Stanford Cars says. Decoded once, then kept in the file cache until something changes."""
+    scaled and cropped in the middle to size (H, W), in colour. The class is the folder that it lies in, or
+    what the .mat of Stanford Cars says.  As load_data; OSError if there are fewer than two.
+    Decoded once, then kept in the file cache until something changes."""
     from PIL import Image, ImageOps
     cars = [data_dir / "stanford_cars", data_dir / "cars_train", data_dir]
     folder = next((f for f in cars if f.is_dir()), data_dir) if dataset == "cars" else Path(dataset)
@@ -476,8 +475,7 @@ def train(args, net, ema, s, images, path, state):
         torch.set_rng_state(state["rng"])
         if images.is_cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
-    else:
-        state = {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
+    state = state or {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
     first, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
     losses = torch.cat([state["losses"], torch.zeros(max(0, args.steps - first))]).to(device)
     stop, start, saved = [], time.time(), time.time()
@@ -727,8 +725,9 @@ def main(args):
         if rank > 0:
             torch.distributed.barrier()  # the first downloads or decodes, the others read what it left
         try:
-            cache, download = out / "cache.pt", not args.checkpoint
-            real = load_data(args.dataset, args.data_dir, args.image_size, cache, download)
+            real = (load_data(args.dataset, args.data_dir, download=not args.checkpoint)
+                    if args.dataset in ("digits", "mnist", "cifar10") else
+                    load_folder(args.dataset, Path(args.data_dir), args.image_size, out / "cache.pt"))
             real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
         except OSError:
             if not args.checkpoint or args.experiments:  # sampling needs the checkpoint alone
