@@ -408,9 +408,9 @@ def train(args, nets, ema, s, images, labels, path, state):
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is untouched")
             saved = time.time()
             state = {"script": Path(__file__).stem, "config": vars(args), "image_shape": images.shape[1:],
-                     "step": step + 1, "seconds": seconds + saved - start, "losses": losses[:step + 1].cpu(),
-                     "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
-                     "rng": torch.get_rng_state()}
+                     "K": eps_theta.null, "step": step + 1, "seconds": seconds + saved - start,
+                     "losses": losses[:step + 1].cpu(), "rng": torch.get_rng_state(),
+                     "net": nets.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict()}
             torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
             Path(f"{path}.tmp").replace(path)
         if stop:
@@ -508,7 +508,7 @@ def main(args):
             if not args.checkpoint:  # which is all that sampling needs
                 raise
         shape = state["image_shape"] if state else list(real[0][0].shape[1:])
-        K = int(1 + max(y.max() for _, y in real)) if real else len(state["ema"]["eps_theta.label.weight"]) - 1
+        K = state["K"] if state else int(max(y.max() for _, y in real)) + 1
         args.classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(K))
         guided(None, torch.tensor(args.classes), K, 0)  # a ValueError now, not after the training
         nets = {"eps_theta": make_eps_theta(args, shape, K), "classifier": make_classifier(args, shape, K)}
