@@ -53,7 +53,6 @@ def guided(eps_theta, y, null, w):
     none = torch.full_like(y, null)
     if w in (0, -1):
         return lambda x, t: eps_theta(x, t, none if w else y)
-
     def eps_tilde(x, t):  # both branches in one batch of 2B
         eps_y, eps_null = eps_theta(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, none])).chunk(2)
         return (1 + w) * eps_y - w * eps_null
@@ -66,7 +65,6 @@ def classifier_guided(eps_theta, classifier, s, y, null, w):
     shifts μ_θ by (1 + w) β_t / √α_t ∇ log p(y|x_t): their Algorithm 1's s Σ ∇ log p(y|x_t), but for √α_t.
     classifier: any callable (x, t) -> logits (B, K) with a gradient in x.   -> callable (x, t)"""
     unconditional = guided(eps_theta, y, null, -1)
-
     def eps_tilde(x, t):
         with torch.enable_grad():
             x_in = x.detach().requires_grad_()
@@ -215,14 +213,11 @@ class UNet(nn.Module):
                 self.up[-1].extend([nn.Upsample(scale_factor=2), conv3(h, h)])
         self.out = nn.Sequential(norm(h), nn.SiLU(), conv3(h, C))
 
-        for m in self.modules():  # the authors' initialisation: variance 2 / (fan_in + fan_out), biases 0 ...
-            if isinstance(m, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
-        for m in self.modules():  # ... and every residual branch starts at 0
-            if isinstance(m, ResBlock | Attention):
-                nn.init.zeros_(m.out.weight)
-        nn.init.zeros_(self.out[-1].weight)
+        for name, p in self.named_parameters():  # the authors' initialisation: biases 0, weights of variance
+            if name.endswith("bias"):  # 2 / (fan_in + fan_out), but 0 at the end of each residual branch
+                nn.init.zeros_(p)
+            elif p.dim() > 1:  # GroupNorm's weights stay 1
+                nn.init.xavier_uniform_(p, 0 if name.endswith(("out.weight", "out.2.weight")) else 1)
 
     def forward(self, x, t):
         emb = self.embed(time_embedding(t, self.channels)) if self.embed else None  # (B, D)
@@ -347,12 +342,12 @@ def frechet_distance(a, b):
 
 # Own: what ddpm_ho_2020.py has decoded needs no second reader here.
 def load_images(dataset, data_dir, download):
-    """load_data, and of cars or a folder what `python ddpm_ho_2020.py --dataset ...` keeps in its cache."""
+    """load_data; of cars or a folder, what `python ddpm_ho_2020.py --dataset ...` keeps in its cache."""
     if dataset in ("digits", "mnist", "cifar10"):
         return load_data(dataset, data_dir, download)
     cache = Path(f"runs/ddpm_ho_2020-{Path(dataset).resolve().name}/cache.pt")
     if not cache.exists():
-        raise OSError(f"no {cache}, where ddpm_ho_2020.py --dataset {dataset} --quick keeps decoded images")
+        raise OSError(f"no {cache}, into which ddpm_ho_2020.py --dataset {dataset} --quick decodes images")
     return torch.load(cache, weights_only=True)["sets"]
 
 # ------------------------------------------------------------------------------ sampling, training, figures
@@ -486,12 +481,8 @@ def get_args(argv=None):
         p.set_defaults(**{k: v for k, v in config.items() if k not in OF_THE_RUN})
     args = p.parse_args(argv)
     args.out = args.out.replace("DATASET", Path(args.dataset).resolve().name)
-    if args.dataset not in (*PRESETS, "cifar10") and not args.checkpoint and not Path(args.dataset).is_dir():
-        p.error(f"--dataset {args.dataset} is neither one of {', '.join(PRESETS)}, cifar10 nor a folder")
     if min(args.T, args.steps, args.sampling_steps, args.num_samples) < 1 or not 0 < args.p_uncond < 1:
         p.error("--T, --steps, --sampling-steps, --num-samples start at 1; --p-uncond lies between 0 and 1")
-    if args.channels < 8 or args.channels % 8:
-        p.error("--channels must be a multiple of 8")
     return args
 
 def main(args):

@@ -281,14 +281,11 @@ class UNet(nn.Module):
                 self.up[-1].extend([nn.Upsample(scale_factor=2), conv3(h, h)])
         self.out = nn.Sequential(norm(h), nn.SiLU(), conv3(h, C))
 
-        for m in self.modules():  # the authors' initialisation: variance 2 / (fan_in + fan_out), biases 0 ...
-            if isinstance(m, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
-        for m in self.modules():  # ... and every residual branch starts at 0
-            if isinstance(m, ResBlock | Attention):
-                nn.init.zeros_(m.out.weight)
-        nn.init.zeros_(self.out[-1].weight)
+        for name, p in self.named_parameters():  # the authors' initialisation: biases 0, weights of variance
+            if name.endswith("bias"):  # 2 / (fan_in + fan_out), but 0 at the end of each residual branch
+                nn.init.zeros_(p)
+            elif p.dim() > 1:  # GroupNorm's weights stay 1
+                nn.init.xavier_uniform_(p, 0 if name.endswith(("out.weight", "out.2.weight")) else 1)
 
     def forward(self, x, t):
         emb = self.embed(time_embedding(t, self.channels)) if self.embed else None  # (B, D)

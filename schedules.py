@@ -97,11 +97,10 @@ class Schedule:
         self.T = len(beta) - 1
         self.beta, self.alpha = beta, 1 - beta
         self.alpha_bar = self.alpha.cumprod(0)
-        self.beta_tilde = torch.zeros_like(beta)  # Eq. (7); β̃_1 = 0: x_1 and x_0 leave nothing open
-        self.beta_tilde[1:] = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:]) * beta[1:]
+        beta_tilde = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:]) * beta[1:]  # Eq. (7)
+        self.beta_tilde = F.pad(beta_tilde, (1, 0))  # β̃_1 = 0, and as β_0 = 0 so is β̃_0
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
-        left = self.alpha_bar[-1].sqrt().item()
-        if left > 0.1:
+        if (left := self.alpha_bar[-1].sqrt().item()) > 0.1:
             warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal, but samplers "
                           "start from pure noise", stacklevel=2)
 
@@ -161,8 +160,8 @@ def main(args):
     all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
     ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
     accuracy = {name: [accuracy_at(s, t, x, y, eps) for t in ts] for name, s in all_s.items()}
-    share = {name: sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1) for name in all_s}
-    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": share[name]}
+    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(),
+                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1)}
                for name, s in all_s.items()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
