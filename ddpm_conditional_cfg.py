@@ -137,21 +137,20 @@ def time_embedding(t, D):
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 class ResBlock(nn.Module):
-    """h + conv(conv(h) + embedding of t), where each conv means GroupNorm, Swish, 3x3 convolution.
-    h (B, C_in, H, W), emb (B, D) or None -> (B, C_out, H, W)"""
+    """h + conv(conv(h) + embedding of t), where each conv means GroupNorm, Swish, 3x3 convolution;
+    then the layer last.  h (B, C_in, H, W), emb (B, D) -> (B, C_out, H, W)"""
 
-    def __init__(self, C_in, C_out, D, dropout):
+    def __init__(self, C_in, C_out, D, dropout, last):
         super().__init__()
         self.norm1, self.conv1 = norm(C_in), conv3(C_in, C_out)
-        self.embed = nn.Linear(D, C_out) if D else None
+        self.embed = nn.Linear(D, C_out)
         self.norm2, self.dropout, self.out = norm(C_out), nn.Dropout(dropout), conv3(C_out, C_out)
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
+        self.last = last
 
     def forward(self, h, emb):
-        r = self.conv1(F.silu(self.norm1(h)))
-        if emb is not None:
-            r = r + self.embed(F.silu(emb))[:, :, None, None]
-        return self.skip(h) + self.out(self.dropout(F.silu(self.norm2(r))))
+        r = self.conv1(F.silu(self.norm1(h))) + self.embed(F.silu(emb))[:, :, None, None]
+        return self.last(self.skip(h) + self.out(self.dropout(F.silu(self.norm2(r)))))
 
 class Attention(nn.Module):
     """Self-attention among the pixels of a feature map, one head, a residual.  (B, C, H, W) -> the same"""
@@ -165,14 +164,6 @@ class Attention(nn.Module):
         r = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v
         return h + self.out(r.transpose(1, 2).reshape(h.shape))
 
-class Block(nn.Sequential):
-    """Layers in a row, of which the residual blocks are also given the embedding."""
-
-    def forward(self, h, emb):
-        for layer in self:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-        return h
-
 class UNet(nn.Module):
     """ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W).  ValueError if image_shape cannot be halved so often.
 
@@ -180,37 +171,37 @@ class UNet(nn.Module):
     residual blocks on the way down and one more on the way up, each of which is also given a map of the way
     down (the skip connections). Attention follows every block of the levels whose shorter side it names."""
 
-    def __init__(self, image_shape, channels, multipliers, blocks, attention, dropout, time_embedding=True):
+    def __init__(self, image_shape, channels, multipliers, blocks, attention, dropout, timed=True):
         super().__init__()
         C, H, W = image_shape
         factor = 2 ** (len(multipliers) - 1)
         if H % factor or W % factor:
-            raise ValueError(f"images of {H}x{W} do not fit {len(multipliers)} --multipliers, which need a "
-                             f"height and a width that {factor} divides")
-        D = 4 * channels if time_embedding else 0
-        self.channels, widths = channels, [channels * m for m in multipliers]
-        self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D)) if D else None
+            raise ValueError(f"{H}x{W}: {len(multipliers)} --multipliers need sides that {factor} divides")
+        D, self.channels, self.timed = 4 * channels, channels, timed
+        widths = [channels * m for m in multipliers]
+        self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D))
 
         def block(C_in, C_out, level):
-            attend = min(H, W) >> level in attention
-            return Block(ResBlock(C_in, C_out, D, dropout), *[Attention(C_out)] * attend)
+            last = [nn.Identity(), Attention(C_out)][min(H, W) >> level in attention]
+            return ResBlock(C_in, C_out, D, dropout, last)
 
         self.conv_in, h, skips = conv3(C, channels), channels, [channels]  # h: channels so far
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             if level:
-                self.down.append(Block(conv3(h, h, stride=2)))
+                self.down.append(conv3(h, h, stride=2))
                 skips.append(h)
             for _ in range(blocks):
                 self.down.append(block(h, width, level))
                 skips.append(h := width)
-        self.middle = Block(ResBlock(h, h, D, dropout), Attention(h), ResBlock(h, h, D, dropout))
+        middle = Attention(h), nn.Identity()
+        self.middle = nn.ModuleList(ResBlock(h, h, D, dropout, last) for last in middle)
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
                 self.up.append(block(h + skips.pop(), width, level))
                 h = width
             if level:
-                self.up[-1].extend([nn.Upsample(scale_factor=2), conv3(h, h)])
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3(h, h)))
         self.out = nn.Sequential(norm(h), nn.SiLU(), conv3(h, C))
 
         for name, p in self.named_parameters():  # the authors' initialisation: biases 0, weights of variance
@@ -220,15 +211,16 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(p, 0 if name.endswith(("out.weight", "out.2.weight")) else 1)
 
     def forward(self, x, t):
-        emb = self.embed(time_embedding(t, self.channels)) if self.embed else None  # (B, D)
+        emb = self.embed(time_embedding(t * self.timed, self.channels))  # (B, D); not timed: always t = 0
         h = self.conv_in(x)
         skips = [h]
-        for block in self.down:
-            h = block(h, emb)
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
             skips.append(h)
-        h = self.middle(h, emb)
-        for block in self.up:
-            h = block(torch.cat([h, skips.pop()], 1), emb)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, ResBlock) else layer(h)
         return self.out(h).to(x.dtype)  # bfloat16 under autocast, where the process stays in float32
 
 # Own: what guidance adds to the U-Net.
@@ -278,12 +270,10 @@ def load_checkpoint(path):
     """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script = state["script"]
+        assert state["script"] == Path(__file__).stem, f"written by {state['script']}.py"
+        return state
     except Exception as e:
-        fail(f"no checkpoint can be read at {path}: missing, truncated or another file ({type(e).__name__})")
-    if script != Path(__file__).stem:
-        fail(f"{path} is not a checkpoint of {Path(__file__).name}")
-    return state
+        fail(f"no checkpoint of {Path(__file__).name} at {path}: missing, truncated or another ({e!r:.60})")
 
 def load_data(dataset, data_dir, download=True):
     """-> (images, labels) to train on and (images, labels) held out, uint8 (N, C, H, W) and int64 (N,).
@@ -295,15 +285,13 @@ def load_data(dataset, data_dir, download=True):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
     from torchvision.datasets import CIFAR10, MNIST
-    kind, files = {"mnist": (MNIST, "MNIST/raw: train-images-idx3-ubyte train-labels-idx1-ubyte "
-                             "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte, or .gz"),
-                   "cifar10": (CIFAR10, "cifar-10-batches-py, or cifar-10-python.tar.gz")}[dataset]
+    kind, files = {"mnist": (MNIST, [f"MNIST/raw/{name[:-3]}, or .gz" for name, _ in MNIST.resources]),
+                   "cifar10": (CIFAR10, [CIFAR10.base_folder])}[dataset]
     try:
         sets = [kind(data_dir, train, download=download) for train in (True, False)]  # what is there stays
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"{dataset} was neither read nor downloaded ({type(e).__name__}). Put into {data_dir}/"
-                      f"{files}; or name the folder that holds it by --data-dir. --dataset digits needs no "
-                      "download") from e
+        raise OSError(f"{dataset} was neither read nor downloaded ({type(e).__name__}): --data-dir {data_dir}"
+                      f" needs {'; '.join(files)}. --dataset digits needs no download") from e
     sets = [(torch.as_tensor(d.data), torch.as_tensor(d.targets)) for d in sets]
     return tuple((x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in sets)
 

@@ -43,6 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from schedules import SCHEDULES, Schedule, like, make_schedule
@@ -141,20 +142,17 @@ def interpolate(s, a, b, t, weights):
 def inpaint(eps_theta, s, x0, known, clip=True):
     """An ε_θ that makes any sampler fill in the unknown pixels of x0: it points from x_t to x̂_0 with the
     known pixels set right. A heuristic, not the posterior.  x0, known (bool): broadcast to x_t's shape"""
-    def eps_given(xt, t):
-        x0_hat = torch.where(known, x0, predict_x0(s, xt, t, eps_theta(xt, t), clip))
-        return eps_of(s, xt, t, x0_hat)
-    return eps_given
+    def fill(xt, t):
+        return torch.where(known, x0, predict_x0(s, xt, t, eps_theta(xt, t), clip))
+    return lambda xt, t: eps_of(s, xt, t, fill(xt, t))
 
 # ------------------------------------------------------- Secs. 3.1, 3.3: the bound on the likelihood, in bits
 
 def discrete_log_likelihood(x0, mean, sigma):
     """log ∫ N(x; mean, σ²) dx over x_0's grey level, 1/127.5 wide, open at -1 and 1, in nats.  Eq. (13)"""
-    def cdf(x):
-        return torch.special.ndtr((x - mean) / sigma)
-    upper = torch.where(x0 > 0.999, 1.0, cdf(x0 + 1 / 255))
-    lower = torch.where(x0 < -0.999, 0.0, cdf(x0 - 1 / 255))
-    return (upper - lower).clamp(min=1e-12).log()
+    lower, upper = (torch.special.ndtr((x0 + d - mean) / sigma) for d in (-1 / 255, 1 / 255))
+    p = torch.where(x0 > 0.999, 1.0, upper) - torch.where(x0 < -0.999, 0.0, lower)
+    return p.clamp(min=1e-12).log()
 
 def vlb_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
     """One term of Eq. (5) an example, bits/dim, and |x_0 - x̂_0|² per dimension.  t (B,) -> (B,), (B,)
@@ -205,21 +203,20 @@ def time_embedding(t, D):
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 class ResBlock(nn.Module):
-    """h + conv(conv(h) + embedding of t), where each conv means GroupNorm, Swish, 3x3 convolution.
-    h (B, C_in, H, W), emb (B, D) or None -> (B, C_out, H, W)"""
+    """h + conv(conv(h) + embedding of t), where each conv means GroupNorm, Swish, 3x3 convolution;
+    then the layer last.  h (B, C_in, H, W), emb (B, D) -> (B, C_out, H, W)"""
 
-    def __init__(self, C_in, C_out, D, dropout):
+    def __init__(self, C_in, C_out, D, dropout, last):
         super().__init__()
         self.norm1, self.conv1 = norm(C_in), conv3(C_in, C_out)
-        self.embed = nn.Linear(D, C_out) if D else None
+        self.embed = nn.Linear(D, C_out)
         self.norm2, self.dropout, self.out = norm(C_out), nn.Dropout(dropout), conv3(C_out, C_out)
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
+        self.last = last
 
     def forward(self, h, emb):
-        r = self.conv1(F.silu(self.norm1(h)))
-        if emb is not None:
-            r = r + self.embed(F.silu(emb))[:, :, None, None]
-        return self.skip(h) + self.out(self.dropout(F.silu(self.norm2(r))))
+        r = self.conv1(F.silu(self.norm1(h))) + self.embed(F.silu(emb))[:, :, None, None]
+        return self.last(self.skip(h) + self.out(self.dropout(F.silu(self.norm2(r)))))
 
 class Attention(nn.Module):
     """Self-attention among the pixels of a feature map, one head, a residual.  (B, C, H, W) -> the same"""
@@ -233,14 +230,6 @@ class Attention(nn.Module):
         r = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v
         return h + self.out(r.transpose(1, 2).reshape(h.shape))
 
-class Block(nn.Sequential):
-    """Layers in a row, of which the residual blocks are also given the embedding."""
-
-    def forward(self, h, emb):
-        for layer in self:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-        return h
-
 class UNet(nn.Module):
     """ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W).  ValueError if image_shape cannot be halved so often.
 
@@ -248,37 +237,37 @@ class UNet(nn.Module):
     residual blocks on the way down and one more on the way up, each of which is also given a map of the way
     down (the skip connections). Attention follows every block of the levels whose shorter side it names."""
 
-    def __init__(self, image_shape, channels, multipliers, blocks, attention, dropout, time_embedding=True):
+    def __init__(self, image_shape, channels, multipliers, blocks, attention, dropout, timed=True):
         super().__init__()
         C, H, W = image_shape
         factor = 2 ** (len(multipliers) - 1)
         if H % factor or W % factor:
-            raise ValueError(f"images of {H}x{W} do not fit {len(multipliers)} --multipliers, which need a "
-                             f"height and a width that {factor} divides")
-        D = 4 * channels if time_embedding else 0
-        self.channels, widths = channels, [channels * m for m in multipliers]
-        self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D)) if D else None
+            raise ValueError(f"{H}x{W}: {len(multipliers)} --multipliers need sides that {factor} divides")
+        D, self.channels, self.timed = 4 * channels, channels, timed
+        widths = [channels * m for m in multipliers]
+        self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D))
 
         def block(C_in, C_out, level):
-            attend = min(H, W) >> level in attention
-            return Block(ResBlock(C_in, C_out, D, dropout), *[Attention(C_out)] * attend)
+            last = [nn.Identity(), Attention(C_out)][min(H, W) >> level in attention]
+            return ResBlock(C_in, C_out, D, dropout, last)
 
         self.conv_in, h, skips = conv3(C, channels), channels, [channels]  # h: channels so far
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             if level:
-                self.down.append(Block(conv3(h, h, stride=2)))
+                self.down.append(conv3(h, h, stride=2))
                 skips.append(h)
             for _ in range(blocks):
                 self.down.append(block(h, width, level))
                 skips.append(h := width)
-        self.middle = Block(ResBlock(h, h, D, dropout), Attention(h), ResBlock(h, h, D, dropout))
+        middle = Attention(h), nn.Identity()
+        self.middle = nn.ModuleList(ResBlock(h, h, D, dropout, last) for last in middle)
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
                 self.up.append(block(h + skips.pop(), width, level))
                 h = width
             if level:
-                self.up[-1].extend([nn.Upsample(scale_factor=2), conv3(h, h)])
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3(h, h)))
         self.out = nn.Sequential(norm(h), nn.SiLU(), conv3(h, C))
 
         for name, p in self.named_parameters():  # the authors' initialisation: biases 0, weights of variance
@@ -288,15 +277,16 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(p, 0 if name.endswith(("out.weight", "out.2.weight")) else 1)
 
     def forward(self, x, t):
-        emb = self.embed(time_embedding(t, self.channels)) if self.embed else None  # (B, D)
+        emb = self.embed(time_embedding(t * self.timed, self.channels))  # (B, D); not timed: always t = 0
         h = self.conv_in(x)
         skips = [h]
-        for block in self.down:
-            h = block(h, emb)
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
             skips.append(h)
-        h = self.middle(h, emb)
-        for block in self.up:
-            h = block(torch.cat([h, skips.pop()], 1), emb)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, ResBlock) else layer(h)
         return self.out(h).to(x.dtype)  # bfloat16 under autocast, where the process stays in float32
 
 def make_eps_theta(args, image_shape):
@@ -322,15 +312,13 @@ def load_data(dataset, data_dir, download=True):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # comes writer by writer
         return tuple((x[i], y[i]) for i in order.split(1347))  # a quarter is held out
     from torchvision.datasets import CIFAR10, MNIST
-    kind, files = {"mnist": (MNIST, "MNIST/raw: train-images-idx3-ubyte train-labels-idx1-ubyte "
-                             "t10k-images-idx3-ubyte t10k-labels-idx1-ubyte, or .gz"),
-                   "cifar10": (CIFAR10, "cifar-10-batches-py, or cifar-10-python.tar.gz")}[dataset]
+    kind, files = {"mnist": (MNIST, [f"MNIST/raw/{name[:-3]}, or .gz" for name, _ in MNIST.resources]),
+                   "cifar10": (CIFAR10, [CIFAR10.base_folder])}[dataset]
     try:
         sets = [kind(data_dir, train, download=download) for train in (True, False)]  # what is there stays
     except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"{dataset} was neither read nor downloaded ({type(e).__name__}). Put into {data_dir}/"
-                      f"{files}; or name the folder that holds it by --data-dir. --dataset digits needs no "
-                      "download") from e
+        raise OSError(f"{dataset} was neither read nor downloaded ({type(e).__name__}): --data-dir {data_dir}"
+                      f" needs {'; '.join(files)}. --dataset digits needs no download") from e
     sets = [(torch.as_tensor(d.data), torch.as_tensor(d.targets)) for d in sets]
     return tuple((x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in sets)
 
@@ -339,37 +327,34 @@ def load_folder(dataset, data_dir, size, cache):
     scaled and cropped in the middle to size (H, W), in colour. The class is the folder that it lies in, or
     what the .mat of Stanford Cars says.  As load_data; OSError if there are fewer than two.
     Decoded once, then kept in the file cache until something changes."""
-    from PIL import Image, ImageOps
-    cars = [data_dir / "stanford_cars", data_dir / "cars_train", data_dir]
-    folder = next((f for f in cars if f.is_dir()), data_dir) if dataset == "cars" else Path(dataset)
-    types = ".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm"
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in types.split())
-    mat, classes = next(folder.rglob("cars_train_annos.mat"), None), {}
-    if mat:  # it labels the training images alone, and the test images have the same names
+    cars = [data_dir / "stanford_cars", data_dir / "cars_train"]
+    folder = Path(dataset) if dataset != "cars" else next((f for f in cars if f.is_dir()), data_dir)
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()
+                   and p.is_file() and "cars_test" not in p.parts)  # named like the training images
+    classes = {}
+    for mat in folder.rglob("cars_train_annos.mat"):
         from scipy.io import loadmat
-        paths = [p for p in paths if "cars_test" not in p.parts]
         classes = {str(a["fname"]): int(a["class"]) for a in loadmat(mat, squeeze_me=True)["annotations"]}
     key = str([size, classes] + [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
     with suppress(Exception):  # no cache yet, or not a whole one: it is made again
         kept = torch.load(cache, weights_only=True)
         if kept["key"] == key:
             return kept["sets"]
-    images, names = [], []
+    images = {}
     for path in tqdm(paths, f"reading {folder}"):
         try:
-            image = ImageOps.fit(Image.open(path).convert("RGB"), size[::-1], Image.BICUBIC)
+            images[path] = np.array(ImageOps.fit(Image.open(path).convert("RGB"), size[::-1], Image.BICUBIC))
         except Exception as e:  # truncated, or not an image whatever its name says
             print(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
-            continue
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        names.append(classes.get(path.name, 0) if mat else path.parent.name)
     if len(images) < 2:
         found = ", ".join(p.name for p in sorted(folder.glob("*"))[:9]) or "nothing"
-        wanted = f"at least two of {types} (any case)" if dataset != "cars" else (
-            "stanford_cars/cars_train/*.jpg (or nested again, a folder a class, or all in one; copies: "
-            "kaggle.com/datasets/jessicali9530/stanford-cars-dataset, github.com/pytorch/vision/issues/7545)")
-        raise OSError(f"{len(images)} readable images in {folder} and below: wanted {wanted}, found {found}")
-    images, labels = torch.stack(images), torch.tensor(np.unique(names, return_inverse=True)[1])
+        cars = (", for cars stanford_cars/cars_train/*.jpg, nested again, a folder a class, or flat (see "
+                "kaggle.com/datasets/jessicali9530/stanford-cars-dataset, github.com/pytorch/vision/"
+                "issues/7545)") * (dataset == "cars")
+        raise OSError(f"{len(images)} readable images in {folder} and below: wanted two{cars}, found {found}")
+    names = [classes.get(p.name, p.parent.name) for p in images]
+    images = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2)  # (N, C, H, W)
+    labels = torch.tensor(np.unique(names, return_inverse=True)[1])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     order = order.split(len(images) - max(1, len(images) // 10))  # a tenth is held out
     sets = [(images[i], labels[i]) for i in order]
@@ -454,24 +439,20 @@ def load_checkpoint(path):
     """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script = state["script"]
+        assert state["script"] == Path(__file__).stem, f"written by {state['script']}.py"
+        return state
     except Exception as e:
-        fail(f"no checkpoint can be read at {path}: missing, truncated or another file ({type(e).__name__})")
-    if script != Path(__file__).stem:
-        fail(f"{path} is not a checkpoint of {Path(__file__).name}")
-    return state
+        fail(f"no checkpoint of {Path(__file__).name} at {path}: missing, truncated or another ({e!r:.60})")
 
-def train(args, net, ema, s, images, path, state):
+def train(args, net, ema, s, images, path, state, rank, world):
     """Algorithm 1, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step at hand.
     Saves to path each minute and at the end, and returns what it saved."""
     device, opt = images.device, torch.optim.Adam(net.parameters(), args.lr)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     if state:  # which holds all that the next step depends on
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if images.is_cuda and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        torch.cuda.manual_seed(state["step"])  # on a GPU the rest of the run draws other numbers
     state = state or {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
     first, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
     losses = torch.cat([state["losses"], torch.zeros(max(0, args.steps - first))]).to(device)
@@ -507,14 +488,13 @@ def train(args, net, ema, s, images, path, state):
             draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
         if stop or step + 1 == args.steps or time.time() - saved > 60:
             if not losses[:step + 1].isfinite().all():
-                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is untouched")
+                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as it was")
             saved = time.time()
-            state = {"script": Path(__file__).stem, "config": vars(args), "snapshots": snapshots,
-                     "image_shape": list(images.shape[1:]), "losses": losses[:step + 1].cpu(),
-                     "step": step + 1, "seconds": seconds + saved - start,
-                     "net": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
-                     "rng": torch.get_rng_state(),
-                     "cuda_rng": torch.cuda.get_rng_state(device) if images.is_cuda else None}
+            state = {"script": Path(__file__).stem, "image_shape": list(images.shape[1:]), "step": step + 1,
+                     "config": {k: v for k, v in vars(args).items() if k not in OF_THE_RUN},
+                     "seconds": seconds + saved - start, "losses": losses[:step + 1].cpu(),
+                     "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
+                     "optimizer": opt.state_dict(), "rng": torch.get_rng_state()}
             if rank == 0:
                 torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
                 os.replace(f"{path}.tmp", path)
@@ -528,18 +508,15 @@ def train(args, net, ema, s, images, path, state):
 
 def draw_rows(path, rows, columns=()):
     """Images as a table. rows: {label: uint8 (n, C, H, W)}; columns: labels above the first row."""
-    n, C, H, W = next(iter(rows.values())).shape
-    fig = Figure((1.5 + 0.7 * n, 0.3 + 0.75 * len(rows) * H / W), layout="constrained")
-    for ax, (label, x) in zip(fig.subplots(len(rows), squeeze=False)[:, 0], rows.items()):
-        strip = F.pad(x.cpu(), (1, 1, 1, 1), value=255).permute(2, 0, 3, 1).reshape(H + 2, -1, C)
-        ax.imshow(strip.expand(-1, -1, 3).numpy())
-        ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center")
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    if columns:
-        fig.axes[0].xaxis.tick_top()
-        fig.axes[0].set_xticks([(i + 0.5) * (W + 2) for i in range(n)], columns)
-    fig.savefig(path, dpi=100, bbox_inches="tight")
+    x = F.pad(torch.stack(list(rows.values())).cpu(), (1, 1, 1, 1), value=255)
+    R, n, C, H, W = x.shape
+    ax = Figure((1.5 + 0.7 * n, 0.3 + 0.75 * R * H / W), layout="constrained").subplots()
+    ax.imshow(x.permute(0, 3, 1, 4, 2).reshape(R * H, n * W, C).expand(-1, -1, 3).numpy())
+    ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
+    ax.set_yticks([(i + 0.5) * H for i in range(R)], rows)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    ax.figure.savefig(path, dpi=100, bbox_inches="tight")
 
 def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
     fig = Figure((6, 4), layout="constrained")
@@ -550,23 +527,23 @@ def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
 
 def draw_all(out, images, frames, real, losses):
     """samples.png (real images in the first row), progressive.png (as Fig. 6), reverse.gif and loss.png."""
-    from PIL import Image
     from torchvision.utils import make_grid
-    rows = {} if real is None else {"data": real[:min(16, len(images))]}
-    first = images[:64 if len(images) >= 64 else 16].split(16)
+    n = min(16, len(images))
+    rows = {} if real is None else {"data": real[torch.arange(n) % len(real)]}
+    first = images[:min(64, len(images) // n * n)].split(n)
     draw_rows(out / "samples.png", rows | {" " * i or "samples": row for i, row in enumerate(first)})
     ts = [frames[0][0] * u for u in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05, .02, 0)]
     columns = [min(frames, key=lambda f: abs(f[0] - t)) for t in ts]
     rows = {name + " " * k: to_uint8(torch.stack([c[i][k] for c in columns]))
-            for k in range(min(3, len(images))) for i, name in ((1, "x_t"), (2, "x̂_0"))}
+            for k in range(min(3, n)) for i, name in ((1, "x_t"), (2, "x̂_0"))}
     draw_rows(out / "progressive.png", rows, [f"t={t}" for t, _, _ in columns])
     frames = frames[::-1][::len(frames) // 40 + 1][::-1]  # some 30 of them, the last included
-    gif = [make_grid(to_uint8(xt), 4).permute(1, 2, 0).cpu().numpy() for _, xt, _ in frames]
-    gif = [Image.fromarray(a).resize((256, 256 * a.shape[0] // a.shape[1]), Image.NEAREST) for a in gif]
+    gif = [Image.fromarray(make_grid(to_uint8(x), 4).permute(1, 2, 0).cpu().numpy()) for _, x, _ in frames]
+    gif = [ImageOps.contain(image, (256, 256), Image.NEAREST) for image in gif]
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
     k = max(1, len(losses) // 100)  # the mean of each hundredth of the run
-    means = losses[:len(losses) // k * k].reshape(-1, k).mean(1).tolist()
-    draw_curve(out / "loss.png", [k * (i + 1) for i in range(len(means))], means, "step", "loss", "log")
+    means = F.avg_pool1d(losses[None], k)[0]
+    draw_curve(out / "loss.png", k * torch.arange(1, len(means) + 1), means, "step", "loss", "log")
 
 @torch.no_grad()
 def experiments(args, net, s, held_out, out):
@@ -612,15 +589,9 @@ PRESETS = {  # what differs from the flags' defaults, which are the paper's for 
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10)
-OF_THE_RUN = ("checkpoint resume out data_dir device seed quick num_samples experiments ablation "
-              "compile").split()
+OF_THE_RUN = "checkpoint resume ablation out data_dir device quick num_samples experiments compile".split()
 TABLE_2 = {("mu", "vlb"): 13.22, ("mu", "simple"): math.inf,  # the paper's FID, infinite where unstable
            ("eps", "vlb"): 13.51, ("eps", "simple"): 3.17}
-
-def image_size(text):
-    """"64" -> [64, 64], "48x64" -> [48, 64]"""
-    H, _, W = text.lower().partition("x")
-    return [int(H), int(W or H)]
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset, over the paper's values."""
@@ -629,15 +600,18 @@ def get_args(argv=None):
     yes_no = argparse.BooleanOptionalAction
     p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or a folder")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
-    p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64, or 48x64")
+    p.add_argument("--image-size", type=lambda size: [int(n) for n in (size.split("x") * 2)[:2]],
+                   default=[64, 64], help="of cars and folders: 64, or 48x64, 48 high and 64 wide")
     p.add_argument("--out", help="folder for all that is written; default runs/ddpm_ho_2020-<dataset>")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else
+                   "mps" if torch.backends.mps.is_available() else "cpu")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
-    p.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
+    start.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--experiments", action="store_true", help="bits/dim, coding, interpolation, inpainting")
-    p.add_argument("--ablation", action="store_true", help="Table 2: four runs, beside the paper's")
+    start.add_argument("--ablation", action="store_true", help="Table 2: four runs, beside the paper's")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--T", type=int, default=1000, help="diffusion steps (paper: 1000)")
     p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: linear)")
@@ -667,39 +641,33 @@ def get_args(argv=None):
         return args.out or f"runs/ddpm_ho_2020-{Path(args.dataset).resolve().name}{of}"
     if args.checkpoint or args.resume:
         config = load_checkpoint(args.checkpoint or f"{out(args)}/checkpoint.pt")["config"]
-        config = {k: v for k, v in config.items() if k not in OF_THE_RUN or (k == "seed" and args.resume)}
-        p.set_defaults(**config, num_samples=64 if args.checkpoint else 1000)
+        p.set_defaults(**config | {"num_samples": 64 if args.checkpoint else 1000})
     else:
         p.set_defaults(**PRESETS.get(args.dataset, PRESETS["cars"]) | (QUICK if args.quick else {}))
     args = p.parse_args(argv)
     args.out = out(args)
     if args.dataset not in PRESETS and not args.checkpoint and not Path(args.dataset).is_dir():
         p.error(f"--dataset {args.dataset} is neither one of {', '.join(PRESETS)} nor a folder")
-    mps = torch.backends.mps.is_available()
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    for name in "steps batch warmup blocks num_samples sampling_steps T".split():
-        least = 2 if name == "T" else 1
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if args.channels < 4 or args.channels % 4 or min(args.multipliers) < 1:
-        p.error("--channels must be a multiple of 4 and --multipliers at least 1")
+    counts = args.steps, args.batch, args.warmup, args.blocks, args.num_samples, *args.multipliers, args.T - 1
+    if min(*counts, args.sampling_steps or 1) < 1 or args.channels < 4 or args.channels % 4:
+        p.error("--steps, --batch, --warmup, --blocks, --num-samples, --sampling-steps, --multipliers start "
+                "at 1, --T at 2, --channels at 4, of which it is a multiple")
     return args
 
 def ablation(args):
     """Table 2, small: a run for each of its rows with the covariance fixed, in folders below args.out."""
     rows = {}
+    if "WORLD_SIZE" in os.environ:
+        fail("--ablation runs in one process, without torchrun")
     for predict, loss in TABLE_2:
-        of_row = {"predict": predict, "loss": loss, "out": f"{args.out}/{predict}-{loss}"}
-        of_row |= {"ablation": False, "experiments": True}
-        rows[predict, loss] = main(argparse.Namespace(**vars(args) | of_row))
-    print("\npredicts, loss      Fréchet  rank   bits/dim   paper's FID on CIFAR-10  rank")
-    ranked = sorted(rows, key=lambda row: rows[row]["frechet"]), sorted(TABLE_2, key=TABLE_2.get)
-    for (predict, loss), m in rows.items():
-        name = f"{predict}, {'L' if loss == 'vlb' else 'L_simple'}"
-        rank, paper = (1 + order.index((predict, loss)) for order in ranked)
-        print(f"{name:<18}{m['frechet']:>9.1f}{rank:>6}{m['bits_per_dim']:>11.2f}"
-              f"{TABLE_2[predict, loss]:>16.2f}{paper:>16}   {'' if rank == paper else 'not as here'}")
-    return {f"{predict}-{loss}": m for (predict, loss), m in rows.items()}
+        row = {"predict": predict, "loss": loss, "out": f"{args.out}/{predict}-{loss}", "experiments": True}
+        rows[f"{predict}-{loss}"] = m = main(argparse.Namespace(**vars(args) | row | {"ablation": False}))
+        if m["steps"] < args.steps:  # Ctrl-C
+            break
+    print("\npredicts, loss   Fréchet   bits/dim   paper's FID on CIFAR-10 (inf: unstable)")
+    for (name, m), fid in zip(rows.items(), TABLE_2.values()):
+        print(f"{name:<14}{m.get('frechet', math.nan):>10.1f}{m['bits_per_dim']:>11.2f}{fid:>11.2f}")
+    return rows
 
 def main(args):
     """Train (or load), sample, evaluate, draw; writes it all into args.out and returns the numbers."""
@@ -707,28 +675,26 @@ def main(args):
         return ablation(args)
     start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    if world > 1:
-        if args.batch % world:
-            fail(f"--batch {args.batch} must be a multiple of the {world} processes")
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
     if args.resume and "optimizer" not in state:
         fail(f"{path} has weights to sample from, not a run to resume: --checkpoint takes it")
+    if args.batch % world:
+        fail(f"--batch {args.batch} must be a multiple of the {world} processes")
     torch.manual_seed(args.seed)
     try:
+        if world > 1:
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group()
         out.mkdir(parents=True, exist_ok=True)
         if rank > 0:
             torch.distributed.barrier()  # the first downloads or decodes, the others read what it left
-        try:
+        unneeded = [OSError] * bool(args.checkpoint and not args.experiments)
+        with suppress(*unneeded):  # sampling needs the checkpoint alone
             real = (load_data(args.dataset, args.data_dir, download=not args.checkpoint)
                     if args.dataset in ("digits", "mnist", "cifar10") else
                     load_folder(args.dataset, Path(args.data_dir), args.image_size, out / "cache.pt"))
             real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
-        except OSError:
-            if not args.checkpoint or args.experiments:  # sampling needs the checkpoint alone
-                raise
         if world > 1 and rank == 0:
             torch.distributed.barrier()
         shape = state["image_shape"] if state else list(real[0][0].shape[1:])
@@ -739,20 +705,17 @@ def main(args):
             ema.load_state_dict(state["ema"])
         s = make_schedule(args.schedule, args.T).to(args.device)
     except (OSError, ValueError, RuntimeError, AssertionError) as e:  # data, sizes, shapes, the device
-        fail(str(e).splitlines()[-1].strip())
+        fail(" ".join(str(e).split())[:500] or repr(e))
     if args.compile:
         net.compile()
         ema.compile()
     if not state and path.exists() and rank == 0:
-        kept = path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt")
-        print(f"an earlier run's checkpoint is kept as {kept}")
+        print("the earlier checkpoint is now", path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt"))
     if not args.checkpoint:
-        state = train(args, net, ema, s, real[0][0], path, state)
+        state = train(args, net, ema, s, real[0][0], path, state, rank, world)
         if rank == 0:  # all that --checkpoint needs, an eighth of the size
-            weights = {k: state[k] for k in ("script", "image_shape", "step", "seconds", "losses")}
-            weights["config"] = {k: v for k, v in vars(args).items() if k not in OF_THE_RUN}
-            weights["ema"] = {k: v.half() for k, v in state["ema"].items()}
-            torch.save(weights, out / "weights.pt")
+            weights = {k: state[k] for k in ("script", "config", "image_shape", "step", "seconds", "losses")}
+            torch.save(weights | {"ema": {k: v.half() for k, v in state["ema"].items()}}, out / "weights.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
         if rank > 0:
@@ -775,8 +738,8 @@ def main(args):
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     for name, value in list(metrics.items())[:-1]:
-        print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
-    print(f"figures in {out}: samples.png, progressive.png, reverse.gif, training.png, loss.png")
+        print(f"{name:<26}{value:.4f}" if isinstance(value, float) else f"{name:<26}{value}")
+    print(f"figures in {out}: samples.png, progressive.png, reverse.gif, loss.png, and training.png")
     return metrics
 
 if __name__ == "__main__":

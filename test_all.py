@@ -7,6 +7,7 @@ import shlex
 import signal
 import struct
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -316,7 +317,7 @@ def test_users_mistakes(tmp_path, capsys, monkeypatch):
     expect_exit(capsys, lambda: run(dataset="mnits"), "mnits", "digits")
     expect_exit(capsys, lambda: run(schedule="liner"), "liner", "cosine")
     expect_exit(capsys, lambda: run(device="tpu", out=tmp_path / "x"), "device string: tpu")
-    expect_exit(capsys, lambda: run(steps=0), "--steps must be at least 1")
+    expect_exit(capsys, lambda: run(steps=0), "--steps")
     expect_exit(capsys, lambda: run(channels=10), "--channels")
     expect_exit(capsys, lambda: run("--multipliers", 1, 1, 1, 1, 1, out=tmp_path / "x"), "8x8", "16 divides")
     expect_exit(capsys, lambda: run(checkpoint=bad), "no checkpoint", "bad.pt")
@@ -325,9 +326,10 @@ def test_users_mistakes(tmp_path, capsys, monkeypatch):
     for content in (b"", b"text", file.read_bytes()[:20_000]):
         bad.write_bytes(content)
         expect_exit(capsys, lambda: run(checkpoint=bad), "truncated")
-    for content, words in ({"script": "x"}, "not a checkpoint of ddpm_ho_2020.py"), ([1], "another file"):
+    for content in ({"script": "x"}, [1]):
         torch.save(content, bad)
-        expect_exit(capsys, lambda words=words: run(checkpoint=bad), words)
+        expect_exit(capsys, lambda: run(checkpoint=bad), "no checkpoint of ddpm_ho_2020.py")
+    expect_exit(capsys, lambda: run("--ablation", checkpoint=file), "not allowed with")
 
 # ------------------------------------------------------------ ddpm_ho_2020.py: the paper's other experiments
 
@@ -420,6 +422,15 @@ def test_cars_in_every_layout(tmp_path, names):
     (x, y), (x_held, _) = ddpm.load_folder("cars", tmp_path, (16, 24), tmp_path / "cache.pt")
     assert x.shape == x_held.shape == (1, 3, 16, 24) and x.dtype == torch.uint8
 
+def test_cars_labels_from_the_mat(tmp_path):
+    from scipy.io import savemat
+    write_images(tmp_path / "stanford_cars", ["cars_train/0.jpg", "cars_train/1.jpg", "cars_test/0.jpg"])
+    annotations = np.array([("0.jpg", 7), ("1.jpg", 3)], dtype=[("fname", object), ("class", object)])
+    savemat(tmp_path / "stanford_cars" / "cars_train_annos.mat", {"annotations": annotations})
+    sets = ddpm.load_folder("cars", tmp_path, (8, 8), tmp_path / "cache.pt")
+    labels = {x.flatten()[0].item(): y.item() for x, y in sets}  # write_images: grey level 0 and 20
+    assert labels == {0: 1, 20: 0}  # the classes 3 and 7, counted from 0; no test image
+
 def test_folders(tmp_path, capsys):
     """Any extension and mode; broken files named and skipped; the cache is used, and remade on a change."""
     folder, cache = tmp_path / "images", tmp_path / "cache.pt"
@@ -463,6 +474,14 @@ def test_two_processes_train_as_one(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     one, two = (torch.load(tmp_path / k / "checkpoint.pt")["ema"] for k in ("one", "two"))
     assert all(one[name].allclose(two[name], atol=1e-4) for name in one)
+
+def test_ablation(tmp_path, capsys):
+    rows = run("--ablation", *TINY, "--num-samples=70", "--T=8", "--steps=2", out=tmp_path)
+    assert list(rows) == ["mu-vlb", "mu-simple", "eps-vlb", "eps-simple"]
+    assert all((tmp_path / name / "metrics.json").exists() for name in rows)
+    table = capsys.readouterr().out.split("predicts, loss")[1].splitlines()
+    assert table[4].split() == ["eps-simple", f"{rows['eps-simple']['frechet']:.1f}",
+                                f"{rows['eps-simple']['bits_per_dim']:.2f}", "3.17"]
 
 @pytest.mark.parametrize("loss, predict", [("vlb", "mu"), ("vlb", "eps"), ("simple", "x0")])
 def test_table_2_trains(tmp_path, loss, predict):
@@ -593,6 +612,16 @@ def test_cfg_mnist_from_its_checkpoint(tmp_path):
 
 TINY_CFG = ("--quick", "--num-samples=10", "--sampling-steps=2", "--w=1")
 
+def test_cfg_on_a_folder_with_one_folder_a_class(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "pictures", [f"{name}/{i}.png" for name in "abc" for i in range(8)])
+    flags = (*TINY_CFG, "--channels=8", "--steps=3", "--dataset=pictures")
+    expect_exit(capsys, lambda: run(*flags, script=cfg), "ddpm_ho_2020.py --dataset pictures")
+    run(*TINY, "--dataset=pictures", "--image-size=8", "--steps=2")
+    run(*flags, script=cfg)
+    arrays = np.load("runs/ddpm_conditional_cfg-pictures/samples.npz")
+    assert arrays["arr_0"].shape == (10, 8, 8, 3) and arrays["arr_1"].tolist() == [0, 1, 2] * 3 + [0]
+
 def test_cfg_resume_is_exact(tmp_path):
     run(*TINY_CFG, steps=8, out=tmp_path / "a", script=cfg)
     run(*TINY_CFG, steps=5, out=tmp_path / "b", script=cfg)
@@ -606,7 +635,7 @@ def test_cfg_users_mistakes(tmp_path, capsys):
     expect_exit(capsys, lambda: run(device="tpu", out=tmp_path, script=cfg), "device string: tpu")
     expect_exit(capsys, lambda: run(p_uncond=0, script=cfg), "--p-uncond")
     torch.save({"script": "ddpm_ho_2020"}, tmp_path / "checkpoint.pt")
-    expect_exit(capsys, lambda: run("--resume", out=tmp_path, script=cfg), "not a checkpoint of")
+    expect_exit(capsys, lambda: run("--resume", out=tmp_path, script=cfg), "no checkpoint of")
 
 # ------------------------------------------------------------------------------------- sohl_dickstein_2015.py
 
@@ -627,7 +656,8 @@ def test_K_of_an_isotropic_gaussian_is_its_log_likelihood(name):
         kl, entropies = sohl.bound(sohl.GAUSSIAN, s, gaussian_moments, x0, ts)
         torch.manual_seed(t)
         xt = sohl.gaussian_q(x0, s.alpha_bar[ts]).rsample()
-        p, (mu_tilde, beta_tilde) = sohl.gaussian_p(s, gaussian_moments, xt, ts), s.q_posterior(x0, xt, ts)
+        p = sohl.gaussian_p(s, xt, ts, *gaussian_moments(xt, s.alpha_bar[ts]))
+        mu_tilde, beta_tilde = s.q_posterior(x0, xt, ts)
         M, delta = p.covariance_matrix[0, 0, 0] / s.beta_tilde[t], (p.mean - mu_tilde) ** 2 / beta_tilde
         assert (2 * math.log(2) * kl).allclose(D / M + delta.sum(1) / M - D + D * M.log(), atol=1e-9)
         assert (kl.mean() - D * M.log2() / 2).abs() < 5 * kl.std() / 4000 ** 0.5 + 1e-12
@@ -636,8 +666,9 @@ def test_K_of_an_isotropic_gaussian_is_its_log_likelihood(name):
     assert entropies.unique() == entropies[0] and (K + entropies[0]).item() == pytest.approx(L_null, rel=1e-9)
 
 def test_a_new_network_is_the_null_model():
-    net = sohl.RollNet(*sohl.mlp([67, 16, 5], torch.nn.SiLU))
-    xt, alpha_bar = randn(5, 2), torch.rand(5).double()
+    net, xt, alpha_bar = sohl.RollNet(67, [16, 5]), randn(5, 2), torch.rand(5).double()
+    for parameter in net[-2].parameters():  # as main does
+        torch.nn.init.zeros_(parameter)
     for ours, null in zip(net(xt.float(), alpha_bar), gaussian_moments(xt, alpha_bar)):
         assert ours.double().allclose(null, atol=1e-6)
 
@@ -650,7 +681,7 @@ def test_exact_moments_are_tweedies():
         def log_q(x, ab=ab):
             return (-((x - ab.sqrt() * m) ** 2 / (2 * (ab * v + 1 - ab))).sum(1)).logsumexp(0)
         for x in s.q_sample(m[::90], t, randn(len(m[::90]), 2)):
-            x0_hat, S = sohl.exact_moments(density)(x[None], ab[None])
+            x0_hat, S = sohl.exact_moments(density, x[None], ab[None])
             gradient = torch.autograd.functional.jacobian(log_q, x)
             hessian = torch.autograd.functional.hessian(log_q, x)
             assert sohl.score(x0_hat, x[None], ab[None])[0].allclose(gradient, rtol=1e-6, atol=1e-6)
@@ -666,7 +697,7 @@ def test_roll_density_and_its_bound():
     assert abs(log_q.mean() / math.log(2) - ceiling) < 4 * log_q.std() / 2000 ** 0.5
     for beta, least in ((sohl.start_beta("learned", 200), -0.2), (SCHEDULES["cosine"](40)[1:], -9)):
         s = Schedule(torch.cat([torch.zeros(1), beta]))
-        K, steps = sohl.evaluate(sohl.GAUSSIAN, s, sohl.exact_moments(density), x0[:1000])
+        K, steps = sohl.evaluate(sohl.GAUSSIAN, s, partial(sohl.exact_moments, density), x0[:1000])
         log_q_of_them = log_q[:1000] / math.log(2)  # each K estimates a bound on its own log q(x_0)
         assert least < (K - log_q_of_them).mean() < 4 * (K - log_q_of_them).std() / 1000 ** 0.5
         assert len(steps) == s.T - 1 and min(steps) > -0.01
@@ -675,11 +706,10 @@ def test_posterior_sampler_on_a_gaussian():
     """p = N(0, I), r = N(y; x_0, 1 / precision): p r / Z = N(a y, 1 - a), a = precision / (1 + precision)."""
     torch.manual_seed(0)
     s, y, precision = make_schedule("cosine", 100), torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.0])
-    moments = sohl.given(gaussian_moments, y, precision)
-    *_, (t, drawn) = sohl.reverse(sohl.GAUSSIAN, s, moments, randn(20000, 2))
-    for x in (drawn, sohl.accept(randn(60000, 2), y, precision)):
-        assert len(x) > 15000 and ((x.mean(0) - torch.tensor([0.75, 0.0])).abs() < 0.03).all()
-        assert t == 0 and ((x.var(0) - torch.tensor([0.25, 1.0])).abs() < 0.04).all()
+    moments = partial(sohl.given, gaussian_moments, y, precision)
+    *_, (t, x) = sohl.reverse(sohl.GAUSSIAN, s, moments, randn(20000, 2))
+    assert t == 0 and ((x.mean(0) - torch.tensor([0.75, 0.0])).abs() < 0.03).all()
+    assert ((x.var(0) - torch.tensor([0.25, 1.0])).abs() < 0.04).all()
 
 def test_binomial_bound_by_enumeration(monkeypatch):
     """Eq. (14) against its definition, E_q log p(x_T) Π p(x_{t-1} | x_t) / q(x_t | x_{t-1}), over all
@@ -695,9 +725,10 @@ def test_binomial_bound_by_enumeration(monkeypatch):
         return sohl.binomial_q(states, s.alpha_bar[t]).log_prob(states[:, None]).exp()
     def predict(xt, alpha_bar):
         w = B(xt[:, None], alpha_bar[0] * (states[data] - rho) + rho)
-        return w / w.sum(1, keepdim=True) @ states[data]
+        return w / w.sum(1, keepdim=True) @ states[data],
     def p_step(t):  # p(x_{t-1} = row | x_t = column)
-        return sohl.binomial_p(s, predict, states, torch.full((4,), t)).log_prob(states[:, None]).exp()
+        rate, = predict(states, s.alpha_bar[[t]])
+        return sohl.binomial_p(s, states, torch.full((4,), t), rate).log_prob(states[:, None]).exp()
     assert q_jump(2).allclose(q_step(2) @ q_step(1))
     q = torch.einsum("ba,cb,dc->abcd", q_step(1), q_step(2), q_step(3))[data]
     noise = B(states, torch.tensor(rho).double())  # p(x_T), under which the step t = 1 is its own reverse
@@ -706,7 +737,7 @@ def test_binomial_bound_by_enumeration(monkeypatch):
     for t in (2, 3):
         for k in data:
             x0, ts = states[[k] * 4], torch.full((4,), t)
-            posterior = sohl.binomial_posterior(s, x0, states, ts)
+            posterior = sohl.binomial_p(s, states, ts, x0)
             bayes = q_step(t).T * q_jump(t - 1)[:, [k]]  # rows x_{t-1}, columns x_t
             bayes = bayes / bayes.sum(0)
             assert posterior.log_prob(states[:, None]).exp().allclose(bayes)
@@ -751,10 +782,12 @@ def test_sohl_learns_beta_and_resumes_exactly(tmp_path, monkeypatch, capsys):
 def test_sohl_users_mistakes(tmp_path, capsys):
     run("--quick", "--steps=1", script=sohl, out=tmp_path / "run")
     checkpoint = f"--checkpoint={tmp_path}/run/checkpoint.pt"
-    for flags, word in (("--data=rolls", "swiss_roll"), ("--noise=0", "--noise"), ("--T=1", "--T"),
+    for flags, word in (("--data=rolls", "swiss_roll"), ("--noise=0", "--noise"),
+                        ("--seed=-2", "--seed"), ("--T=1", "--T"),
                         ("--quick --lr=1e9 --steps=30", "no longer finite"), ("--quick --device=tpu", "tpu"),
                         ("--data=heartbeat --schedule=learned", "learned"),
                         ("--checkpoint=none.pt", "no checkpoint"),
+                        (f"{checkpoint} --schedule=linear", "learned"),
                         (f"{checkpoint} --T=9", "size mismatch")):
         expect_exit(capsys, lambda flags=flags: run(*flags.split(), script=sohl, out=tmp_path), word)
 
