@@ -406,12 +406,14 @@ def evaluate(samples, train, held_out, steps, seed):
     real = train[0][torch.randperm(len(train[0]), device=samples.device)[:len(samples)]]
     f, f_real, f_held = (torch.cat([net[0](to_float(x)) for x in images.split(500)])
                          for images in (samples, real, held_out[0]))  # features, (N, 64)
+    metrics = {"frechet": frechet_distance(f, f_held), "frechet_floor": frechet_distance(f_real, f_held)}
+    if train[1].max() == 0:
+        return metrics
     p, p_held = net[1](f).softmax(1), net[1](f_held).softmax(1)
-    return {"frechet": frechet_distance(f, f_held), "frechet_floor": frechet_distance(f_real, f_held),
-            "confident_share": (p.amax(1) > 0.9).float().mean().item(),
-            "confident_share_real": (p_held.amax(1) > 0.9).float().mean().item(),
-            "rarest_class_share": p.argmax(1).bincount(minlength=p.shape[1]).min().item() / len(p),
-            "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item()}
+    return metrics | {"confident_share": (p.amax(1) > 0.9).float().mean().item(),
+                      "confident_share_real": (p_held.amax(1) > 0.9).float().mean().item(),
+                      "rarest_class_share": p.argmax(1).bincount(minlength=p.shape[1]).min().item() / len(p),
+                      "classifier_accuracy": (p_held.argmax(1) == held_out[1]).float().mean().item()}
 
 # -------------------------------------------------------------------------------- sampling and training loops
 
