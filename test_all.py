@@ -710,6 +710,9 @@ def test_posterior_sampler_on_a_gaussian():
     *_, (t, x) = sohl.reverse(sohl.GAUSSIAN, s, moments, randn(20000, 2))
     assert t == 0 and ((x.mean(0) - torch.tensor([0.75, 0.0])).abs() < 0.03).all()
     assert ((x.var(0) - torch.tensor([0.25, 1.0])).abs() < 0.04).all()
+    s = make_schedule("constant", 5)  # the last step is a forward step: x_0 keeps √α_1 of x_1
+    *_, (_, x_1), (_, x) = sohl.reverse(sohl.GAUSSIAN, s, gaussian_moments, randn(20000, 2))
+    assert (x * x_1).mean() == pytest.approx(s.alpha[1].sqrt().item(), abs=0.03) and abs(x.var() - 1) < 0.03
 
 def test_binomial_bound_by_enumeration(monkeypatch):
     """Eq. (14) against its definition, E_q log p(x_T) Π p(x_{t-1} | x_t) / q(x_t | x_{t-1}), over all
