@@ -322,7 +322,7 @@ def test_users_mistakes(tmp_path, capsys, monkeypatch):
     expect_exit(capsys, lambda: run("--multipliers", 1, 1, 1, 1, 1, out=tmp_path / "x"), "8x8", "16 divides")
     expect_exit(capsys, lambda: run(checkpoint=bad), "no checkpoint", "bad.pt")
     expect_exit(capsys, lambda: run("--resume", out=tmp_path / "none"), "no checkpoint", "none")
-    expect_exit(capsys, lambda: run(checkpoint=file, channels=16), "size mismatch")
+    expect_exit(capsys, lambda: run(checkpoint=file, channels=16, out=tmp_path / "x"), "size mismatch")
     for content in (b"", b"text", file.read_bytes()[:20_000]):
         bad.write_bytes(content)
         expect_exit(capsys, lambda: run(checkpoint=bad), "truncated")
@@ -631,7 +631,7 @@ def test_cfg_resume_is_exact(tmp_path):
     assert torch.equal(a["losses"], b["losses"]) and torch.equal(a["rng"], b["rng"]) and b["step"] == 8
 
 def test_cfg_users_mistakes(tmp_path, capsys):
-    expect_exit(capsys, lambda: run(classes="3,12", script=cfg), "labels must lie in 0..9")
+    expect_exit(capsys, lambda: run(classes="3,12", out=tmp_path, script=cfg), "labels must lie in 0..9")
     expect_exit(capsys, lambda: run(device="tpu", out=tmp_path, script=cfg), "device string: tpu")
     expect_exit(capsys, lambda: run(p_uncond=0, script=cfg), "--p-uncond")
     torch.save({"script": "ddpm_ho_2020"}, tmp_path / "checkpoint.pt")
