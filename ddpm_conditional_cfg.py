@@ -434,7 +434,7 @@ PRESETS = {
     "cars": dict(channels=64, multipliers=[1, 2, 3], blocks=1, attention=[16], steps=50000, lr=1e-3, batch=64)
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5)
-OF_THE_RUN = "checkpoint resume out device data_dir seed quick num_samples classes w".split()
+OF_THE_RUN = "checkpoint resume out device seed quick num_samples classes w".split()
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset."""

@@ -591,7 +591,7 @@ PRESETS = {  # what differs from the flags' defaults, which are the paper's for 
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
 QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10, warmup=10)
-OF_THE_RUN = "checkpoint resume ablation out data_dir device quick num_samples experiments compile".split()
+OF_THE_RUN = "checkpoint resume ablation out device quick num_samples experiments compile".split()
 TABLE_2 = {("mu", "vlb"): 13.22, ("mu", "simple"): math.inf,  # the paper's FID, infinite where unstable
            ("eps", "vlb"): 13.51, ("eps", "simple"): 3.17}
 

@@ -271,6 +271,8 @@ def test_ddpm_quick(tmp_path, dataset):
     images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
     side = 8 if dataset == "digits" else 28
     assert images.shape == (100, side, side, 1) and images.dtype == np.uint8 and images.std() > 0
+    args = ddpm.get_args(["--resume", f"--out={tmp_path}/out", f"--dataset={dataset}"])
+    assert args.data_dir == str(tmp_path) and args.steps == 30  # what a run was told need not be told again
     # From the file alone, with no data and no other flag, the same images come back.
     run(checkpoint=tmp_path / "out" / "checkpoint.pt", data_dir=tmp_path / "none", out=tmp_path / "again")
     again = np.load(tmp_path / "again" / "samples.npz")["arr_0"]
