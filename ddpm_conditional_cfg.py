@@ -3,8 +3,9 @@
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
 predictions points towards "more like class y", and w says how far to go. (Equations in copies are Ho's.)
 
-    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 4 min 11 s on two CPU cores
+    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 5 min 28 s on two CPU cores
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
+    python ddpm_conditional_cfg.py --dataset cars   # or a folder, once ddpm_ho_2020.py has decoded it
     python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --w 2
 
 Seed 0, label accuracy and Fréchet distance (floor 21): w = -1 0.10, 68; w = 0 0.984, 25; w = 2 1.000, 96;

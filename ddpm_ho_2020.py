@@ -630,7 +630,7 @@ def get_args(argv=None):
     p.add_argument("--blocks", type=int, default=2, help="residual blocks a level (paper: 2)")
     p.add_argument("--attention", type=int, nargs="*", default=[16], help="sizes with attention (paper: 16)")
     p.add_argument("--dropout", type=float, default=0.1, help="in the residual blocks (paper: 0.1)")
-    p.add_argument("--time-embedding", action=yes_no, default=True, help="tell the network t (paper: yes)")
+    p.add_argument("--time-embedding", action=yes_no, default=True, help="tell the network t, or always 0")
     p.add_argument("--sampler", choices=["ddpm", "ddim", "langevin"], default="ddpm", help="(paper: ddpm)")
     p.add_argument("--sampling-steps", type=int, help="steps of the sampler (paper: T)")
     p.add_argument("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2")
