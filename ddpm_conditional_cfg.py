@@ -183,7 +183,8 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D))
 
         def block(C_in, C_out, level):
-            last = [nn.Identity(), Attention(C_out)][min(H, W) >> level in attention]
+            attend = Attention(C_out)  # made in any case: the same random numbers wherever attention is
+            last = attend if min(H, W) >> level in attention else nn.Identity()
             return ResBlock(C_in, C_out, D, dropout, last)
 
         self.conv_in, h, skips = conv3(C, channels), channels, [channels]  # h: channels so far
@@ -498,7 +499,7 @@ def main(args):
             nets.load_state_dict(state["net"])
             ema.load_state_dict(state["ema"])
     except (OSError, ValueError, RuntimeError, AssertionError) as e:  # data, labels, sizes, the device
-        fail(str(e).splitlines()[-1].strip())
+        fail(" ".join(str(e).split())[:500] or repr(e))
     s = make_schedule(args.schedule, args.T).to(args.device)
     if not state and path.exists():
         print("the earlier checkpoint is now", path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt"))

@@ -369,7 +369,7 @@ def main(args):
     except (ValueError, torch.linalg.LinAlgError):  # p's parameters are not numbers
         fail("the bound is no longer finite: try a smaller --lr")
     except (OSError, RuntimeError, AssertionError, TypeError) as e:  # folder, device, checkpoint
-        fail(str(e).splitlines()[-1].strip())
+        fail(" ".join(str(e).split())[:500] or repr(e))
 
     torch.manual_seed(args.seed)
     n = args.num_samples
