@@ -86,17 +86,21 @@ def eps_of(s, xt, t, x0):
     """The ε that takes x_0 to x_t, (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t): Eq. (4) solved for ε."""
     return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0) / like((1 - s.alpha_bar[t]).sqrt(), xt)
 
-def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
-    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0.
+def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
+    """p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I), Eq. (1).  t (B,) in 1..T -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0
 
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
     eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
+    x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
+    mu_theta, beta_tilde = s.q_posterior(x0_hat, xt, t)
+    return mu_theta, like(s.beta[t], xt) if variance == "beta" else beta_tilde, x0_hat
+
+def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
+    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0."""
     for t in range(s.T if first is None else first, 0, -1):
-        eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = predict_x0(s, x, t, eps_hat, clip)
-        mu_theta, beta_tilde = s.q_posterior(x0_hat, x, t)
-        sigma2 = like(s.beta[t], x) if variance == "beta" else beta_tilde
+        ts = torch.full((len(x),), t, device=x.device)
+        mu_theta, sigma2, x0_hat = p_theta(eps_theta, s, x, ts, variance, clip)
         z = torch.randn_like(x) if t > 1 else torch.zeros_like(x)  # the last step adds no noise
         x = mu_theta + sigma2.sqrt() * z
         yield t - 1, x, x0_hat

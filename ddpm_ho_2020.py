@@ -17,7 +17,7 @@ Expect of the first, on two CPU cores, seed 0: 156 s and 1.1 GB; a classifier is
 Differs from the paper:
   - Smaller networks, shorter training for digits, MNIST, cars (PRESETS); the flags' defaults are the paper's.
   - x̂_0 is clipped to [-1, 1] in sampling: in the authors' code, not in Algorithm 2 (--no-clip turns it off).
-  - The EMA's decay is warmed up, min(decay, (1 + n) / (10 + n)): short runs would sample their first weights.
+  - The EMA's decay is warmed up, min(decay, n / (9 + n)): short runs would sample their first weights.
   - The presets sample in fewer than T steps: the same chain at a subset of its t (--sampling-steps 1000).
   - Gradients are clipped at 1 and σ_1² of L_0 is β̃_2: in the authors' code. Bits/dim of 128 held-out images.
   - DDIM, Langevin dynamics and inpainting are not the paper's: their docstrings name the source.
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock  # which comes with torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -62,9 +63,8 @@ def as_eps_theta(net, s, predict):
     """The ε_θ of a network that predicts "eps", "x0" or "mu": Eq. (7) solved for x̂_0, Eq. (4) for ε̂."""
     def eps_theta(xt, t):
         x0_hat = net(xt, t)
-        if predict == "mu":
-            without, one = s.q_posterior(0 * xt, xt, t)[0], s.q_posterior(1 + 0 * xt, 0 * xt, t)[0]
-            x0_hat = (x0_hat - without) / one
+        if predict == "mu":  # linear in x_0 and x_t
+            x0_hat = (x0_hat - s.q_posterior(0 * xt, xt, t)[0]) / s.q_posterior(1 + 0 * xt, 0 * xt, t)[0]
         return eps_of(s, xt, t, x0_hat)
     return net if predict == "eps" else eps_theta
 
@@ -79,17 +79,21 @@ def eps_of(s, xt, t, x0):
     """The ε that takes x_0 to x_t, (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t): Eq. (4) solved for ε."""
     return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0) / like((1 - s.alpha_bar[t]).sqrt(), xt)
 
-def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
-    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0.
+def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
+    """p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I), Eq. (1).  t (B,) in 1..T -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0
 
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
     eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
+    x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
+    mu_theta, beta_tilde = s.q_posterior(x0_hat, xt, t)
+    return mu_theta, like(s.beta[t], xt) if variance == "beta" else beta_tilde, x0_hat
+
+def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, first=None):
+    """Algorithm 2, ancestral sampling from x = x_T ~ N(0, I) or x_first.  Yields (t, x_t, x̂_0) down to 0."""
     for t in range(s.T if first is None else first, 0, -1):
-        eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = predict_x0(s, x, t, eps_hat, clip)
-        mu_theta, beta_tilde = s.q_posterior(x0_hat, x, t)
-        sigma2 = like(s.beta[t], x) if variance == "beta" else beta_tilde
+        ts = torch.full((len(x),), t, device=x.device)
+        mu_theta, sigma2, x0_hat = p_theta(eps_theta, s, x, ts, variance, clip)
         z = torch.randn_like(x) if t > 1 else torch.zeros_like(x)  # the last step adds no noise
         x = mu_theta + sigma2.sqrt() * z
         yield t - 1, x, x0_hat
@@ -160,14 +164,11 @@ def vlb_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)), Eq. (8) with the variances' part, for t > 1;
     L_0 = -log p_θ(x_0 | x_1), Eq. (13), with σ_1² = β̃_2 as in the authors' code: β̃_1 is 0."""
     xt = s.q_sample(x0, t, eps)
-    x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
-    mu_theta, beta_tilde = s.q_posterior(x0_hat, xt, t)
-    sigma2 = s.beta if variance == "beta" else s.beta_tilde
-    sigma2 = like(torch.where(t == 1, s.beta_tilde[2], sigma2[t]), x0)
-    distance = (s.q_posterior(x0, xt, t)[0] - mu_theta) ** 2
-    kl = ((sigma2 / beta_tilde).log() - 1 + (beta_tilde + distance) / sigma2) / 2
-    decoder = -discrete_log_likelihood(x0, mu_theta, sigma2.sqrt())
-    nats = torch.where(like(t, x0) == 1, decoder, kl)
+    mu_theta, sigma2, x0_hat = p_theta(eps_theta, s, xt, t, variance, clip)
+    (mu_tilde, beta_tilde), first = s.q_posterior(x0, xt, t), like(t, x0) == 1
+    sigma2 = torch.where(first, s.beta_tilde[2].to(x0.dtype), sigma2)
+    kl = ((sigma2 / beta_tilde).log() - 1 + (beta_tilde + (mu_tilde - mu_theta) ** 2) / sigma2) / 2
+    nats = torch.where(first, -discrete_log_likelihood(x0, mu_theta, sigma2.sqrt()), kl)
     return nats.flatten(1).mean(1) / math.log(2), ((x0 - x0_hat) ** 2).flatten(1).mean(1)
 
 @torch.no_grad()
@@ -447,24 +448,30 @@ def load_checkpoint(path):
     except Exception as e:
         fail(f"no checkpoint of {Path(__file__).name} at {path}: missing, truncated or another ({e!r:.60})")
 
-def train(args, net, ema, s, images, path, state, rank, world):
+def train(args, net, ema, s, images, path, state):
     """Algorithm 1, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step at hand.
-    Saves to path each minute and at the end, and returns what it saved."""
-    device, opt = images.device, torch.optim.Adam(net.parameters(), args.lr)
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    Saves to path each minute and at the end, and returns what it saved. Of the processes that torchrun
+    starts each learns from its share of every batch; only the first saves and returns."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, model, opt = images.device, net, torch.optim.Adam(net.parameters(), args.lr)
+    if world > 1:
+        torch.distributed.init_process_group()
+        model = nn.parallel.DistributedDataParallel(net)
     if state:  # which holds all that the next step depends on
         opt.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        torch.cuda.manual_seed(state["step"])  # on a GPU the rest of the run draws other numbers
-    state = state or {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
-    first, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
-    losses = torch.cat([state["losses"], torch.zeros(max(0, args.steps - first))]).to(device)
-    stop, start, saved = [], time.time(), time.time()
+        torch.cuda.manual_seed_all(state["step"])  # on a GPU the rest of the run draws other numbers
+    elif path.exists() and rank == 0:
+        earlier = path.with_stem(f"checkpoint-{path.stat().st_mtime_ns}")
+        print("the earlier checkpoint is now", path.rename(earlier))
+    run = state or {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
+    start, saved, stop = time.time() - run["seconds"], time.time(), []
+    losses = F.pad(run["losses"], (0, max(0, args.steps - run["step"]))).to(device)
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     milestones = {max(1, args.steps // 2 ** i) for i in range(6)}  # a row of samples each: one sees it learn
-    bar = tqdm(range(first, args.steps), "training", args.steps, initial=first, disable=rank > 0)
+    bar = tqdm(range(run["step"] + 1, args.steps + 1), "training", disable=rank > 0)
     for step in bar:
-        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+        opt.param_groups[0]["lr"] = args.lr * min(1, step / args.warmup)
         x0 = to_float(images[torch.randint(len(images), (args.batch,), device=device)])
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
@@ -481,31 +488,33 @@ def train(args, net, ema, s, images, path, state, rank, world):
         loss.backward()
         size = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
-        decay = min(args.ema, (1 + step) / (10 + step))
+        decay = min(args.ema, step / (9 + step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
-        losses[step] = loss.detach() + 0 * size  # so that it is not finite if the gradient is not
-        if step % 50 == 49:
-            bar.set_postfix(loss=f"{losses[step - 49:step + 1].mean():.4f}")
-        if step + 1 in milestones and rank == 0:
-            snapshots[step + 1] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
-            draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in snapshots.items()})
-        if stop or step + 1 == args.steps or time.time() - saved > 60:
-            if not losses[:step + 1].isfinite().all():
+        losses[step - 1] = loss.detach() + 0 * size  # so that it is not finite if the gradient is not
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
+        if step in milestones and rank == 0:
+            run["snapshots"][step] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
+            draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in run["snapshots"].items()})
+        if rank == 0 and (stop or step == args.steps or time.time() - saved > 60):
+            if not losses[:step].isfinite().all():
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as it was")
             saved = time.time()
-            state = {"script": Path(__file__).stem, "image_shape": list(images.shape[1:]), "step": step + 1,
-                     "config": {k: v for k, v in vars(args).items() if k not in OF_THE_RUN},
-                     "seconds": seconds + saved - start, "losses": losses[:step + 1].cpu(),
-                     "snapshots": snapshots, "net": net.state_dict(), "ema": ema.state_dict(),
-                     "optimizer": opt.state_dict(), "rng": torch.get_rng_state()}
-            if rank == 0:
-                torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-                os.replace(f"{path}.tmp", path)
+            run |= {"script": Path(__file__).stem, "image_shape": list(images.shape[1:]), "step": step,
+                    "config": {k: v for k, v in vars(args).items() if k not in OF_THE_RUN},
+                    "seconds": saved - start, "losses": losses[:step].cpu(), "rng": torch.get_rng_state(),
+                    "net": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict()}
+            torch.save(run, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
+            os.replace(f"{path}.tmp", path)
         if stop:
-            print(f"stopped at step {step + 1} of {args.steps}; --resume goes on from here")
+            print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
             break
     signal.signal(signal.SIGINT, handler)
-    return state
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        sys.exit()  # the first process alone goes on to sample
+    return run
 
 # ---------------------------------------------------------------------------------------------------- figures
 
@@ -605,9 +614,10 @@ def get_args(argv=None):
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
     p.add_argument("--image-size", type=lambda size: [int(n) for n in (size.split("x") * 2)[:2]],
                    default=[64, 64], help="of cars and folders: 64, or 48x64, 48 high and 64 wide")
-    p.add_argument("--out", help="folder for all that is written; default runs/ddpm_ho_2020-<dataset>")
+    p.add_argument("--out", default="runs/ddpm_ho_2020-DATASET", help="folder for all that is written")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes have a GPU each
+    p.add_argument("--device", default=cuda if torch.cuda.is_available() else
                    "mps" if torch.backends.mps.is_available() else "cpu")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
     start = p.add_mutually_exclusive_group()
@@ -639,29 +649,29 @@ def get_args(argv=None):
     p.add_argument("--num-samples", type=int, default=1000, help="(paper: 50000); 64 with --checkpoint")
 
     args = p.parse_args(argv)  # a first look, to see whose defaults to take
-    def out(args):
-        of = "-samples" if args.checkpoint else ""  # a run's own numbers are not overwritten
-        return args.out or f"runs/ddpm_ho_2020-{Path(args.dataset).resolve().name}{of}"
-    if args.checkpoint or args.resume:
-        config = load_checkpoint(args.checkpoint or f"{out(args)}/checkpoint.pt")["config"]
-        p.set_defaults(**config | {"num_samples": 64 if args.checkpoint else 1000})
+    if args.checkpoint:  # what it draws goes elsewhere, so that a run's own numbers are not overwritten
+        config = load_checkpoint(args.checkpoint)["config"]
+        p.set_defaults(**config | {"num_samples": 64, "out": args.out + "-samples"})
+    elif args.resume:
+        out = args.out.replace("DATASET", Path(args.dataset).resolve().name)
+        p.set_defaults(**load_checkpoint(f"{out}/checkpoint.pt")["config"])
     else:
         p.set_defaults(**PRESETS.get(args.dataset, PRESETS["cars"]) | (QUICK if args.quick else {}))
     args = p.parse_args(argv)
-    args.out = out(args)
+    args.out = args.out.replace("DATASET", Path(args.dataset).resolve().name)
     if args.dataset not in PRESETS and not args.checkpoint and not Path(args.dataset).is_dir():
         p.error(f"--dataset {args.dataset} is neither one of {', '.join(PRESETS)} nor a folder")
     counts = args.steps, args.batch, args.warmup, args.blocks, args.num_samples, *args.multipliers, args.T - 1
     if min(*counts, args.sampling_steps or 1) < 1 or args.channels < 4 or args.channels % 4:
         p.error("--steps, --batch, --warmup, --blocks, --num-samples, --sampling-steps, --multipliers start "
                 "at 1, --T at 2, --channels at 4, of which it is a multiple")
+    if args.batch % (world := int(os.environ.get("WORLD_SIZE", 1))) or args.ablation and world > 1:
+        p.error(f"{world} processes: --batch must be a multiple of that, and --ablation runs in one")
     return args
 
 def ablation(args):
     """Table 2, small: a run for each of its rows with the covariance fixed, in folders below args.out."""
     rows = {}
-    if "WORLD_SIZE" in os.environ:
-        fail("--ablation runs in one process, without torchrun")
     for predict, loss in TABLE_2:
         row = {"predict": predict, "loss": loss, "out": f"{args.out}/{predict}-{loss}", "experiments": True}
         rows[f"{predict}-{loss}"] = m = main(argparse.Namespace(**vars(args) | row | {"ablation": False}))
@@ -677,29 +687,16 @@ def main(args):
     if args.ablation:
         return ablation(args)
     start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
-    if args.resume and "optimizer" not in state:
-        fail(f"{path} has weights to sample from, not a run to resume: --checkpoint takes it")
-    if args.batch % world:
-        fail(f"--batch {args.batch} must be a multiple of the {world} processes")
     torch.manual_seed(args.seed)
     try:
-        if world > 1:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group()
         out.mkdir(parents=True, exist_ok=True)
-        if rank > 0:
-            torch.distributed.barrier()  # the first downloads or decodes, the others read what it left
         unneeded = [OSError] * bool(args.checkpoint and not args.experiments)
-        with suppress(*unneeded):  # sampling needs the checkpoint alone
+        with suppress(*unneeded), FileLock(out / ".lock"):  # one process decodes, then the others read
             real = (load_data(args.dataset, args.data_dir, download=not args.checkpoint)
                     if args.dataset in ("digits", "mnist", "cifar10") else
                     load_folder(args.dataset, Path(args.data_dir), args.image_size, out / "cache.pt"))
             real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
-        if world > 1 and rank == 0:
-            torch.distributed.barrier()
         shape = state["image_shape"] if state else list(real[0][0].shape[1:])
         net = make_eps_theta(args, shape).to(args.device)
         ema = copy.deepcopy(net).requires_grad_(False).eval()
@@ -712,18 +709,11 @@ def main(args):
     if args.compile:
         net.compile()
         ema.compile()
-    if not state and path.exists() and rank == 0:
-        print("the earlier checkpoint is now", path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt"))
     if not args.checkpoint:
-        state = train(args, net, ema, s, real[0][0], path, state, rank, world)
-        if rank == 0:  # all that --checkpoint needs, an eighth of the size
-            weights = {k: state[k] for k in ("script", "config", "image_shape", "step", "seconds", "losses")}
-            torch.save(weights | {"ema": {k: v.half() for k, v in state["ema"].items()}}, out / "weights.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
-        if rank > 0:
-            return {}
-
+        state = train(args, net, ema, s, real[0][0], path, state)
+        weights = {k: state[k] for k in ("script", "config", "image_shape", "step", "seconds", "losses")}
+        weights["ema"] = {k: v.half() for k, v in state["ema"].items()}
+        torch.save(weights, out / "weights.pt")  # all that --checkpoint needs, an eighth of the size
     drawn, losses = time.time(), state["losses"]
     images, frames = sample(ema, s, args, args.num_samples, shape, bar=True)
     metrics = {"script": "ddpm_ho_2020", "dataset": args.dataset, "seed": args.seed, "device": args.device,
@@ -736,8 +726,8 @@ def main(args):
         metrics |= evaluate(images, *real, min(1000, args.steps), args.seed)
     if real and args.experiments:
         metrics |= experiments(args, ema, s, real[1][0], out)
-    np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu().numpy())  # arr_0: N, H, W, C
     draw_all(out, images, frames, real and real[0][0], losses)
+    np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu().numpy())  # arr_0: N, H, W, C
     metrics |= {"seconds_total": time.time() - start, "config": vars(args)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     for name, value in list(metrics.items())[:-1]:

@@ -266,7 +266,7 @@ def test_ddpm_quick(tmp_path, dataset):
     keys += " frechet_floor confident_share rarest_class_share images_per_second"
     assert set(keys.split()) <= m.keys()
     written = set("metrics.json checkpoint.pt weights.pt samples.npz samples.png progressive.png reverse.gif"
-                  " loss.png training.png".split())
+                  " loss.png training.png .lock".split())
     assert written == {p.name for p in (tmp_path / "out").iterdir()}
     images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
     side = 8 if dataset == "digits" else 28
@@ -332,6 +332,9 @@ def test_users_mistakes(tmp_path, capsys, monkeypatch):
         torch.save(content, bad)
         expect_exit(capsys, lambda: run(checkpoint=bad), "no checkpoint of ddpm_ho_2020.py")
     expect_exit(capsys, lambda: run("--ablation", checkpoint=file), "not allowed with")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for flags in (["--batch=64"], ["--batch=3", "--ablation"]):
+        expect_exit(capsys, lambda flags=flags: run(*flags), "3 processes")
 
 # ------------------------------------------------------------ ddpm_ho_2020.py: the paper's other experiments
 
