@@ -452,9 +452,11 @@ def train(args, net, ema, s, images, path, state):
     """Algorithm 1, from state (a checkpoint, or None) to args.steps; Ctrl-C stops it after the step at hand.
     Saves to path each minute and at the end, and returns what it saved. Of the processes that torchrun
     starts each learns from its share of every batch; only the first saves and returns."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     device, model, opt = images.device, net, torch.optim.Adam(net.parameters(), args.lr)
     if world > 1:
+        if images.is_cuda:
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group()
         model = nn.parallel.DistributedDataParallel(net)
     if state:  # which holds all that the next step depends on
@@ -465,11 +467,11 @@ def train(args, net, ema, s, images, path, state):
         earlier = path.with_stem(f"checkpoint-{path.stat().st_mtime_ns}")
         print("the earlier checkpoint is now", path.rename(earlier))
     run = state or {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
-    start, saved, stop = time.time() - run["seconds"], time.time(), []
-    losses = F.pad(run["losses"], (0, max(0, args.steps - run["step"]))).to(device)
+    first, start, saved, stop = run["step"], time.time() - run["seconds"], time.time(), []
+    losses = F.pad(run["losses"], (0, max(0, args.steps - first))).to(device)
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     milestones = {max(1, args.steps // 2 ** i) for i in range(6)}  # a row of samples each: one sees it learn
-    bar = tqdm(range(run["step"] + 1, args.steps + 1), "training", disable=rank > 0)
+    bar = tqdm(range(first + 1, args.steps + 1), "training", args.steps, initial=first, disable=rank > 0)
     for step in bar:
         opt.param_groups[0]["lr"] = args.lr * min(1, step / args.warmup)
         x0 = to_float(images[torch.randint(len(images), (args.batch,), device=device)])
@@ -531,11 +533,10 @@ def draw_rows(path, rows, columns=()):
     ax.figure.savefig(path, dpi=100, bbox_inches="tight")
 
 def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
-    fig = Figure((6, 4), layout="constrained")
-    ax = fig.subplots()
+    ax = Figure((6, 4), layout="constrained").subplots()
     ax.plot(x, y)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
-    fig.savefig(path, dpi=100)
+    ax.figure.savefig(path, dpi=100)
 
 def draw_all(out, images, frames, real, losses):
     """samples.png (real images in the first row), progressive.png (as Fig. 6), reverse.gif and loss.png."""
@@ -688,6 +689,8 @@ def main(args):
         return ablation(args)
     start, out, path, real = time.time(), Path(args.out), Path(args.out, "checkpoint.pt"), None
     state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
+    if args.resume and "optimizer" not in state:
+        fail(f"{path} has weights to sample from, not a run to resume: --checkpoint takes it")
     torch.manual_seed(args.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)

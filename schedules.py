@@ -86,7 +86,6 @@ def like(c, x):
 
 class Schedule:
     """The tables of one schedule, indexed by the paper's t, and the two distributions of q in closed form.
-
     beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: q then does not end in
     N(0, I), where sampling starts (the usual cause: betas for T = 1000 with a smaller T)."""
 
@@ -95,8 +94,7 @@ class Schedule:
         if beta.dim() != 1 or len(beta) < 2 or beta[0] != 0 or not ((beta[1:] > 0) & (beta[1:] < 1)).all():
             raise ValueError("beta must have T + 1 entries: beta[0] = 0, then 0 < beta[t] < 1 for t = 1..T")
         self.T = len(beta) - 1
-        self.beta, self.alpha = beta, 1 - beta
-        self.alpha_bar = self.alpha.cumprod(0)
+        self.beta, self.alpha, self.alpha_bar = beta, 1 - beta, (1 - beta).cumprod(0)
         beta_tilde = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:]) * beta[1:]  # Eq. (7)
         self.beta_tilde = F.pad(beta_tilde, (1, 0))  # β̃_1 = 0, and as β_0 = 0 so is β̃_0
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
@@ -113,14 +111,12 @@ class Schedule:
 
     def q_sample(self, x0, t, eps):
         """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε, a draw from q(x_t | x_0) if ε ~ N(0, I).  Eq. (4).
-
         x0, eps: (B, ...);  t: (B,) integers in 0..T, or one integer for all.  -> (B, ...)"""
         alpha_bar = self.alpha_bar[t]
         return like(alpha_bar.sqrt(), x0) * x0 + like((1 - alpha_bar).sqrt(), x0) * eps
 
     def q_posterior(self, x0, xt, t):
         """q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), the forward process looked at backwards.  Eqs. (6), (7).
-
         μ̃_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t) x_0  +  √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) x_t
         x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.  -> (B, ...), (B, 1, ..., 1)"""
         beta, alpha = self.beta[t], self.alpha[t]
@@ -131,10 +127,8 @@ class Schedule:
 
 def make_schedule(name, T):
     """The schedule of SCHEDULES called name, with T steps. ValueError for another name or T < 1."""
-    if name not in SCHEDULES:
-        raise ValueError(f"no schedule is called {name!r}; there are: {', '.join(SCHEDULES)}")
-    if T < 1:
-        raise ValueError(f"T must be at least 1, not {T}")
+    if name not in SCHEDULES or T < 1:
+        raise ValueError(f"no schedule {name!r} with T = {T}: T starts at 1; names: {', '.join(SCHEDULES)}")
     return Schedule(SCHEDULES[name](T))
 
 # --------------------------------------------------- the first practical: what does a schedule do to data?
@@ -150,10 +144,10 @@ def main(args):
     """Draw schedules.png and destruction.png, measure how long structure lives.  -> {schedule: numbers}"""
     from matplotlib.figure import Figure
     from sklearn.datasets import load_digits, make_swiss_roll
+    from sklearn.preprocessing import scale
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x) / 8 - 1  # grey levels 0..16 -> [-1, 1]
-    roll = torch.tensor(make_swiss_roll(2000, noise=0.02, random_state=args.seed)[0][:, [0, 2]])
-    roll = (roll - roll.mean(0)) / roll.std(0)
+    roll = torch.tensor(scale(make_swiss_roll(2000, noise=0.02, random_state=args.seed)[0][:, [0, 2]]))
     torch.manual_seed(args.seed)
     eps, eps_roll = torch.randn_like(x[-500:]), torch.randn_like(roll)  # the same noise for all
 
@@ -165,8 +159,7 @@ def main(args):
                for name, s in all_s.items()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    fig = Figure(figsize=(16, 4), layout="constrained")
-    axes = fig.subplots(1, 4)
+    axes = Figure(figsize=(16, 4), layout="constrained").subplots(1, 4)
     for name, s in all_s.items():
         for ax, table in zip(axes, (s.beta, s.alpha_bar.sqrt(), s.snr.log())):
             ax.plot(time(args.T)[1:].numpy(), table[1:].numpy(), label=name)
@@ -174,11 +167,10 @@ def main(args):
     for ax, title in zip(axes, ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")):
         ax.set(title=title, xlabel="t/T", yscale="log" if ax is axes[0] else "linear")
     axes[0].legend(fontsize=8)
-    fig.savefig(f"{args.out}/schedules.png", dpi=100)
+    axes[0].figure.savefig(f"{args.out}/schedules.png", dpi=100)
 
     columns = torch.linspace(0, args.T, 7).round().long()
-    fig = Figure(figsize=(14, 1.05 * len(all_s)), layout="constrained")
-    axes = fig.subplots(len(all_s), 14)
+    axes = Figure(figsize=(14, 1.05 * len(all_s)), layout="constrained").subplots(len(all_s), 14)
     for row, (name, s) in zip(axes, all_s.items()):
         for i, t in enumerate(columns):
             row[i].scatter(*s.q_sample(roll, t, eps_roll).T.numpy(), s=0.2, linewidths=0, c="k")
@@ -188,12 +180,12 @@ def main(args):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for i, ax in enumerate(axes.reshape(-1)):
         ax.set(xticks=[], yticks=[], title=f"t={columns[i % 7]}" if i < 14 else "")
-    fig.savefig(f"{args.out}/destruction.png", dpi=100)
+    axes[0, 0].figure.savefig(f"{args.out}/destruction.png", dpi=100)
 
     Path(args.out, "metrics.json").write_text(json.dumps({"config": vars(args), **metrics}, indent=1))
-    print(f"{'schedule':<12}{'signal left at T':>18}{'share of steps with accuracy > 1/2':>38}")
     for name, m in metrics.items():
-        print(f"{name:<12}{m['signal_left']:>18.4f}{m['structure_share']:>38.2f}")
+        print(f"{name:<12} signal left at T: {m['signal_left']:.4f}   "
+              f"share of steps with accuracy > 1/2: {m['structure_share']:.2f}")
     return metrics
 
 def get_args(argv=None):
