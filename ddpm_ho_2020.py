@@ -35,6 +35,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
@@ -496,8 +497,8 @@ def train(args, net, ema, s, images, path, state):
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
         if step in milestones and rank == 0:
-            run["snapshots"][step] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
-            draw_rows(path.with_name("training.png"), {f"step {k}": v for k, v in run["snapshots"].items()})
+            run["snapshots"][f"step {step}"] = sample(ema, s, args, 16, images.shape[1:])[0].cpu()
+            draw_rows(path.with_name("training.png"), run["snapshots"])
         if rank == 0 and (stop or step == args.steps or time.time() - saved > 60):
             if not losses[:step].isfinite().all():
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as it was")
@@ -540,19 +541,19 @@ def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
 
 def draw_all(out, images, frames, real, losses):
     """samples.png (real images in the first row), progressive.png (as Fig. 6), reverse.gif and loss.png."""
+    from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
     n = min(16, len(images))
     rows = {} if real is None else {"data": real[torch.arange(n) % len(real)]}
     first = images[:min(64, len(images) // n * n)].split(n)
     draw_rows(out / "samples.png", rows | {" " * i or "samples": row for i, row in enumerate(first)})
-    ts = [frames[0][0] * u for u in (1, .9, .8, .7, .6, .5, .4, .3, .2, .1, .05, .02, 0)]
-    columns = [min(frames, key=lambda f: abs(f[0] - t)) for t in ts]
+    shares = 0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .98, 1  # of the way from x_T to x_0
+    columns = [frames[round((len(frames) - 1) * u)] for u in shares]
     rows = {name + " " * k: to_uint8(torch.stack([c[i][k] for c in columns]))
             for k in range(min(3, n)) for i, name in ((1, "x_t"), (2, "x̂_0"))}
     draw_rows(out / "progressive.png", rows, [f"t={t}" for t, _, _ in columns])
-    frames = frames[::-1][::len(frames) // 40 + 1][::-1]  # some 30 of them, the last included
-    gif = [Image.fromarray(make_grid(to_uint8(x), 4).permute(1, 2, 0).cpu().numpy()) for _, x, _ in frames]
-    gif = [ImageOps.contain(image, (256, 256), Image.NEAREST) for image in gif]
+    gif = [ImageOps.contain(to_pil_image(make_grid(to_uint8(x), 4)), (256, 256), Image.NEAREST)
+           for _, x, _ in frames[::-1][::len(frames) // 40 + 1][::-1]]  # some 30, the last included
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
     k = max(1, len(losses) // 100)  # the mean of each hundredth of the run
     means = F.avg_pool1d(losses[None], k)[0]
@@ -568,9 +569,7 @@ def experiments(args, net, s, held_out, out):
     draw_curve(out / "rate_distortion.png", rate[:-1], rmse, "rate, bits/dim", "RMSE of x̂_0 (0..255)")
 
     def last(x, model=eps_theta, first=None):
-        for _, xt, _ in ddpm_sample(model, s, x, args.variance, args.clip, first):
-            image = xt
-        return to_uint8(image)
+        return to_uint8(deque(ddpm_sample(model, s, x, args.variance, args.clip, first), maxlen=1)[0][1])
     weights, ts = [i / 10 for i in range(11)], [max(1, s.T * k // 4) for k in (1, 2, 3, 4)]
     rows = {f"t = {t}": last(interpolate(s, x0[:1], x0[-1:], t, weights), first=t) for t in ts}
     mixed = to_uint8(torch.cat([(1 - w) * x0[:1] + w * x0[-1:] for w in weights]))
