@@ -591,12 +591,11 @@ def experiments(args, net, s, held_out, out):
 
 # ------------------------------------------------------------------------------------------------------- main
 
+SMALL = dict(channels=32, blocks=1, dropout=0.0, flip=False, lr=2e-3, ema=0.998)
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
-    "digits": dict(channels=32, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.0, flip=False,
-                   steps=1700, lr=2e-3, warmup=100, ema=0.998, sampling_steps=250),
-    "mnist": dict(channels=32, multipliers=[1, 2, 3], blocks=1, attention=[7], dropout=0.0, flip=False,
-                  steps=4200, batch=64, lr=2e-3, warmup=200, ema=0.998, sampling_steps=100,
-                  variance="beta_tilde"),
+    "digits": SMALL | dict(multipliers=[1, 2], attention=[4], steps=1700, warmup=100, sampling_steps=250),
+    "mnist": SMALL | dict(multipliers=[1, 2, 3], attention=[7], steps=4200, batch=64, warmup=200,
+                          sampling_steps=100, variance="beta_tilde"),
     "cifar10": {},
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
@@ -607,8 +606,7 @@ TABLE_2 = {("mu", "vlb"): 13.22, ("mu", "simple"): math.inf,  # the paper's FID,
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset, over the paper's values."""
-    p = argparse.ArgumentParser(description="Denoising Diffusion Probabilistic Models (Ho et al. 2020).",
-                                epilog="Each --dataset has a preset that replaces some of these defaults.")
+    p = argparse.ArgumentParser(description="Ho et al. 2020. Each --dataset's preset replaces some defaults.")
     yes_no = argparse.BooleanOptionalAction
     p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or a folder")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
@@ -693,10 +691,9 @@ def main(args):
     torch.manual_seed(args.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        unneeded = [OSError] * bool(args.checkpoint and not args.experiments)
-        with suppress(*unneeded), FileLock(out / ".lock"):  # one process decodes, then the others read
+        with suppress(OSError if args.checkpoint and not args.experiments else ()), FileLock(out / ".lock"):
             real = (load_data(args.dataset, args.data_dir, download=not args.checkpoint)
-                    if args.dataset in ("digits", "mnist", "cifar10") else
+                    if args.dataset in ("digits", "mnist", "cifar10") else  # one decodes, the others read
                     load_folder(args.dataset, Path(args.data_dir), args.image_size, out / "cache.pt"))
             real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
         shape = state["image_shape"] if state else list(real[0][0].shape[1:])
@@ -708,9 +705,8 @@ def main(args):
         s = make_schedule(args.schedule, args.T).to(args.device)
     except (OSError, ValueError, RuntimeError, AssertionError) as e:  # data, sizes, shapes, the device
         fail(" ".join(str(e).split())[:500] or repr(e))
-    if args.compile:
-        net.compile()
-        ema.compile()
+    for model in (net, ema) if args.compile else ():
+        model.compile()
     if not args.checkpoint:
         state = train(args, net, ema, s, real[0][0], path, state)
         weights = {k: state[k] for k in ("script", "config", "image_shape", "step", "seconds", "losses")}
