@@ -465,8 +465,7 @@ def train(args, net, ema, s, images, path, state):
         torch.set_rng_state(state["rng"])
         torch.cuda.manual_seed_all(state["step"])  # on a GPU the rest of the run draws other numbers
     elif path.exists() and rank == 0:
-        earlier = path.with_stem(f"checkpoint-{path.stat().st_mtime_ns}")
-        print("the earlier checkpoint is now", path.rename(earlier))
+        print("the earlier checkpoint is now", path.rename(path.with_stem(f"checkpoint-{time.time_ns()}")))
     run = state or {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
     first, start, saved, stop = run["step"], time.time() - run["seconds"], time.time(), []
     losses = F.pad(run["losses"], (0, max(0, args.steps - first))).to(device)
