@@ -78,8 +78,7 @@ def classifier_guided(eps_theta, classifier, s, y, null, w):
 def predict_x0(s, xt, t, eps_hat, clip=True):
     """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).  Near t = T this divides by almost 0, so a small error
     of ε̂ throws x̂_0 far out of the data's range, and sampling does not come back: hence the clip."""
-    alpha_bar = s.alpha_bar[t]
-    x0_hat = (xt - like((1 - alpha_bar).sqrt(), xt) * eps_hat) / like(alpha_bar.sqrt(), xt)
+    x0_hat = (xt - like((1 - s.alpha_bar[t]).sqrt(), xt) * eps_hat) / like(s.alpha_bar[t].sqrt(), xt)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
 
 def eps_of(s, xt, t, x0):
@@ -110,15 +109,13 @@ def ddim_sample(eps_theta, s, x, clip=True):
 
     x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂"""
     for t in range(s.T, 0, -1):
-        eps_hat = eps_theta(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = predict_x0(s, x, t, eps_hat, clip)
+        x0_hat = predict_x0(s, x, t, eps_theta(x, torch.full((len(x),), t, device=x.device)), clip)
         x = s.q_sample(x0_hat, t - 1, eps_of(s, x, t, x0_hat))  # the ε̂ that goes with the clipped x̂_0
         yield t - 1, x, x0_hat
 
 def subchain(eps_theta, s, steps):
-    """The forward process seen at only `steps` of its T times: a chain of its own, whose i = 1..steps stand
-    for t = grid[i], the last of them T, and which a sampler takes as it takes the whole one.
-    -> (its eps_theta, its Schedule)"""
+    """The forward process seen at only `steps` of its T times: a chain of its own, for any sampler, whose
+    i = 1..steps stand for t = grid[i], the last of them T.  -> (its eps_theta, its Schedule)"""
     grid = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
     alpha_bar = s.alpha_bar[grid]
     beta = torch.cat([alpha_bar[:1] * 0, (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-12)])
