@@ -46,6 +46,8 @@ import torch.nn.functional as F
 from filelock import FileLock  # which comes with torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from schedules import SCHEDULES, Schedule, like, make_schedule
@@ -322,10 +324,9 @@ def load_data(dataset, data_dir, download=True):
     return tuple((x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), y) for x, y in sets)
 
 def load_folder(dataset, data_dir, size, cache):
-    """Every image below the folder dataset, or of Stanford Cars in any of the layouts that copies come in,
-    scaled and cropped in the middle to size (H, W), in colour. The class is the folder that it lies in, or
-    what the .mat of Stanford Cars says.  As load_data; OSError if there are fewer than two.
-    Decoded once, then kept in the file cache until something changes."""
+    """As load_data: each image below the folder dataset, or of Stanford Cars in any of the layouts of its
+    copies, scaled and cropped in the middle to size (H, W), in colour. The class is the folder that it lies
+    in, or what the cars' .mat says. Decoded once, then kept in the file cache until something changes."""
     cars = [data_dir / "stanford_cars", data_dir / "cars_train"]
     folder = Path(dataset) if dataset != "cars" else next((f for f in cars if f.is_dir()), data_dir)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()
@@ -351,12 +352,10 @@ def load_folder(dataset, data_dir, size, cache):
                 "kaggle.com/datasets/jessicali9530/stanford-cars-dataset, github.com/pytorch/vision/"
                 "issues/7545)") * (dataset == "cars")
         raise OSError(f"{len(images)} readable images in {folder} and below: wanted two{cars}, found {found}")
-    names = [classes.get(p.name, p.parent.name) for p in images]
-    images = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2)  # (N, C, H, W)
-    labels = torch.tensor(np.unique(names, return_inverse=True)[1])
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    order = order.split(len(images) - max(1, len(images) // 10))  # a tenth is held out
-    sets = [(images[i], labels[i]) for i in order]
+    y = np.unique([classes.get(p.name, p.parent.name) for p in images], return_inverse=True)[1]
+    x, y = torch.tensor(np.stack(list(images.values()))).permute(0, 3, 1, 2), torch.tensor(y)  # (N, C, H, W)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    sets = [(x[i], y[i]) for i in order.split(len(x) - max(1, len(x) // 10))]  # a tenth is held out
     torch.save({"key": key, "sets": sets}, cache)
     return sets
 
@@ -536,23 +535,20 @@ def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
 
 def draw_all(out, images, frames, real, losses):
     """samples.png (real images in the first row), progressive.png (as Fig. 6), reverse.gif and loss.png."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
     n = min(16, len(images))
     rows = {} if real is None else {"data": real[torch.arange(n) % len(real)]}
-    first = images[:min(64, len(images) // n * n)].split(n)
-    draw_rows(out / "samples.png", rows | {" " * i or "samples": row for i, row in enumerate(first)})
+    lines = images[:min(64, len(images) // n * n)].split(n)
+    draw_rows(out / "samples.png", rows | {" " * i or "samples": line for i, line in enumerate(lines)})
     shares = 0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .98, 1  # of the way from x_T to x_0
     columns = [frames[round((len(frames) - 1) * u)] for u in shares]
     rows = {name + " " * k: to_uint8(torch.stack([c[i][k] for c in columns]))
             for k in range(min(3, n)) for i, name in ((1, "x_t"), (2, "x̂_0"))}
     draw_rows(out / "progressive.png", rows, [f"t={t}" for t, _, _ in columns])
     gif = [ImageOps.contain(to_pil_image(make_grid(to_uint8(x), 4)), (256, 256), Image.NEAREST)
-           for _, x, _ in frames[::-1][::len(frames) // 40 + 1][::-1]]  # some 30, the last included
+           for _, x, _ in frames[::-1][::len(frames) // 40 + 1][::-1]]  # some 30 of them, the last included
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
-    k = max(1, len(losses) // 100)  # the mean of each hundredth of the run
-    means = F.avg_pool1d(losses[None], k)[0]
-    draw_curve(out / "loss.png", k * torch.arange(1, len(means) + 1), means, "step", "loss", "log")
+    means = [part.mean() for part in losses.chunk(100)]  # of each hundredth of the run
+    draw_curve(out / "loss.png", np.linspace(0, len(losses), len(means)), means, "step", "loss", "log")
 
 @torch.no_grad()
 def experiments(args, net, s, held_out, out):
@@ -570,14 +566,13 @@ def experiments(args, net, s, held_out, out):
     mixed = to_uint8(torch.cat([(1 - w) * x0[:1] + w * x0[-1:] for w in weights]))
     draw_rows(out / "interpolation.png", {"pixels": mixed} | rows, [f"λ={w}" for w in weights])
 
-    x0, (H, W) = x0[:16], x0.shape[2:]
+    x0, data, (H, W) = x0[:16], held_out[:16], x0.shape[2:]
     known = torch.ones(H, W, dtype=torch.bool, device=x0.device)
     known[H // 4:H - H // 4, W // 4:W - W // 4] = False
     filled = last(torch.randn_like(x0), inpaint(eps_theta, s, x0, known, args.clip))
     row, column = distance_transform_edt(~known.cpu().numpy(), return_distances=False, return_indices=True)
-    nearest = held_out[:16][:, :, row, column]  # the known pixel nearest to each
-    holes = torch.where(known, held_out[:16], 128)
-    rows = {"data": held_out[:16], "given": holes, "inpainted": filled, "nearest": nearest}
+    nearest = data[:, :, row, column]  # the known pixel nearest to each
+    rows = {"data": data, "given": torch.where(known, data, 128), "inpainted": filled, "nearest": nearest}
     draw_rows(out / "inpainting.png", rows)
     error, error_nearest = ((to_float(x) - x0)[:, :, ~known].square().mean().sqrt().item() * 127.5
                             for x in (filled, nearest))
