@@ -15,16 +15,14 @@ Expect of the first, on two CPU cores, seed 0: 156 s and 1.1 GB; a classifier is
 (of real digits 98 %), the rarest class is 8 % of them, their Fréchet distance is 1.8 times the floor.
 
 Differs from the paper:
-  - Smaller networks, shorter training for digits, MNIST, cars (PRESETS); the flags' defaults are the paper's.
+  - Smaller networks, less training and fewer than T sampling steps for digits, MNIST, cars: see PRESETS.
   - x̂_0 is clipped to [-1, 1] in sampling: in the authors' code, not in Algorithm 2 (--no-clip turns it off).
   - The EMA's decay is warmed up, min(decay, n / (9 + n)): short runs would sample their first weights.
-  - The presets sample in fewer than T steps: the same chain at a subset of its t (--sampling-steps 1000).
   - Gradients are clipped at 1 and σ_1² of L_0 is β̃_2: in the authors' code. Bits/dim of 128 held-out images.
   - DDIM, Langevin dynamics and inpainting are not the paper's: their docstrings name the source.
   - bfloat16 autocast on CUDA; batches drawn with replacement; strided convolutions pad both sides alike.
   - No FID, whose network has to be downloaded, but the Fréchet distance in features of a small classifier
     trained here: compare it with the floor beside it and with other runs on the same data, not with FID.
-
 Shapes: B batch, C channels, H height, W width, D embedding.
 """
 import argparse
