@@ -175,14 +175,11 @@ def rate_distortion(eps_theta, s, x0, variance="beta", clip=True):
     x0 (B, C, H, W) -> the bits/dim paid when x_t is known, t = T..0, of which the last is all of Eq. (5), the
     bound on the negative log-likelihood; the RMSE of x̂_0(x_t) in grey levels of 255, t = T..1."""
     alpha_bar = s.alpha_bar[-1]  # L_T = KL(q(x_T | x_0) || N(0, I))
-    rate = [((alpha_bar * x0 ** 2 - alpha_bar - (1 - alpha_bar).log()).mean() / 2 / math.log(2)).item()]
-    distortion = []
-    for t in tqdm(range(s.T, 0, -1), "bits/dim"):
-        ts = torch.full((len(x0),), t, device=x0.device)
-        bits, error = vlb_term(eps_theta, s, x0, ts, torch.randn_like(x0), variance, clip)
-        rate.append(rate[-1] + bits.mean().item())
-        distortion.append(127.5 * error.mean().sqrt().item())
-    return rate, distortion
+    L_T = (alpha_bar * x0 ** 2 - alpha_bar - (1 - alpha_bar).log()).mean() / 2 / math.log(2)
+    terms = [vlb_term(eps_theta, s, x0, t.expand(len(x0)), torch.randn_like(x0), variance, clip)
+             for t in tqdm(torch.arange(s.T, 0, -1, device=x0.device), "bits/dim")]
+    rate = np.cumsum([L_T.item()] + [bits.mean().item() for bits, _ in terms]).tolist()
+    return rate, [127.5 * error.mean().sqrt().item() for _, error in terms]
 
 # --------------------------------------------------------------------------- Sec. 4 and Appendix B: the U-Net
 
