@@ -20,7 +20,8 @@ Differs from the paper:
   - The EMA's decay is warmed up, min(decay, n / (9 + n)): short runs would sample their first weights.
   - Gradients are clipped at 1 and σ_1² of L_0 is β̃_2: in the authors' code. Bits/dim of 128 held-out images.
   - DDIM, Langevin dynamics and inpainting are not the paper's: their docstrings name the source.
-  - bfloat16 autocast on CUDA; batches drawn with replacement; strided convolutions pad both sides alike.
+  - bfloat16 autocast on CUDA, but not for μ̃, which is nearer to x_t than its resolution; batches drawn with
+    replacement; strided convolutions pad both sides alike.
   - No FID, whose network has to be downloaded, but the Fréchet distance in features of a small classifier
     trained here: compare it with the floor beside it and with other runs on the same data, not with FID.
 Shapes: B batch, C channels, H height, W width, D embedding.
@@ -417,7 +418,8 @@ def sample(net, s, args, n, image_shape, bar=False):
     device, cuda, frames, images = s.beta.device, s.beta.is_cuda, [], []
     eps_theta = as_eps_theta(net, s, args.predict)
     eps_theta, short = subchain(eps_theta, s, steps := min(args.sampling_steps or s.T, s.T))
-    with torch.random.fork_rng([device] * cuda), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+    fast = torch.autocast(device.type, torch.bfloat16, enabled=cuda and args.predict != "mu")
+    with torch.random.fork_rng([device] * cuda), fast:
         torch.manual_seed(args.seed)
         for first in range(0, n, 250):
             x = torch.randn(min(250, n - first), *image_shape, device=device)
@@ -470,7 +472,7 @@ def train(args, net, ema, s, images, path, state):
         t = torch.randint(1, s.T + 1, (len(x0),), device=device)
         eps = torch.randn_like(x0)
         x0, t, eps = (v[rank::world] for v in (x0, t, eps))  # each process has drawn the same batch
-        with torch.autocast(device.type, torch.bfloat16, enabled=images.is_cuda):
+        with torch.autocast(device.type, torch.bfloat16, enabled=images.is_cuda and args.predict != "mu"):
             if args.loss == "simple":
                 loss = l_simple(model, s, x0, t, eps, args.predict)
             else:  # Eq. (5): T times a random one of its terms
