@@ -484,6 +484,7 @@ def test_ablation(tmp_path, capsys):
     rows = run("--ablation", *TINY, "--num-samples=70", "--T=8", "--steps=2", out=tmp_path)
     assert list(rows) == ["mu-vlb", "mu-simple", "eps-vlb", "eps-simple"]
     assert all((tmp_path / name / "metrics.json").exists() for name in rows)
+    assert (tmp_path / "ablation.png").exists()
     table = capsys.readouterr().out.split("predicts, loss")[1].splitlines()
     assert table[4].split() == ["eps-simple", f"{rows['eps-simple']['frechet']:.1f}",
                                 f"{rows['eps-simple']['bits_per_dim']:.2f}", "3.17"]
