@@ -65,7 +65,7 @@ def as_eps_theta(net, s, predict):
     """The ε_θ of a network that predicts "eps", "x0" or "mu": Eq. (7) solved for x̂_0, Eq. (4) for ε̂."""
     def eps_theta(xt, t):
         x0_hat = net(xt, t)
-        if predict == "mu":  # linear in x_0 and x_t
+        if predict == "mu":  # μ̃_t is linear in x_0 and x_t
             x0_hat = (x0_hat - s.q_posterior(0 * xt, xt, t)[0]) / s.q_posterior(1 + 0 * xt, 0 * xt, t)[0]
         return eps_of(s, xt, t, x0_hat)
     return net if predict == "eps" else eps_theta
