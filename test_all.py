@@ -223,6 +223,8 @@ def test_langevin_on_an_exact_gaussian_score():
     s = make_schedule("geometric", 300)
     *_, (t, x, _) = ddpm.langevin_sample(exact_eps(s, 0.3, 0.04), s, randn(4000, 1, 1, 1))
     assert t == 0 and abs(x.mean() - 0.3) < 0.02 and abs(x.std() - 0.2) < 0.02
+    _, x, _ = next(ddpm.langevin_sample(exact_eps(s, 0.3, 0.04), s, randn(4, 1), each=0))  # moves no x,
+    assert x.allclose((s.alpha_bar[299] / s.alpha_bar[300]).sqrt() * randn(4, 1))  # but rescales it
 
 def test_discrete_decoder():
     """Eq. (13) is a distribution over the 256 grey levels, and density times width if the kernel is wide."""
@@ -252,9 +254,9 @@ def test_bits_per_dim_of_a_known_model(variance):
 
 def test_interpolation_ends_at_the_noised_endpoints():
     s, a, b = make_schedule("linear", 20), randn(1, 1, 50, 50), randn(1, 1, 50, 50, seed=1)
-    x = ddpm.interpolate(s, a, b, 10, [0, 0.5, 1])
+    x = ddpm.interpolate(s, a, b, 3, [0, 0.5, 1])
     for end, image in ((x[0], a), (x[2], b)):
-        noise = (end - s.alpha_bar[10].sqrt() * image[0]) / (1 - s.alpha_bar[10]).sqrt()
+        noise = (end - s.alpha_bar[3].sqrt() * image[0]) / (1 - s.alpha_bar[3]).sqrt()
         assert noise.std() == pytest.approx(1, abs=0.1) and abs(noise.mean()) < 0.1
     assert x[1].allclose((x[0] + x[2]) / 2)
 
@@ -506,6 +508,7 @@ def test_two_processes_train_as_one(monkeypatch, fails):
 def test_ablation(capsys):
     rows = run(ddpm, "--ablation --quick --channels=8 --num-samples=70 --T=8 --steps=2 --out=out")
     assert list(rows) == ["mu-vlb", "mu-simple", "eps-vlb", "eps-simple"]
+    assert list(rows) == ["{predict}-{loss}".format(**m["config"]) for m in rows.values()]
     assert all(Path(f"out/{name}/metrics.json").exists() for name in rows) and "ablation.png" in files("out")
     table = capsys.readouterr().out.split("predicts, loss")[1].splitlines()
     frechet, bits = (rows["eps-simple"][key] for key in ("frechet", "bits_per_dim"))
