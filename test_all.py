@@ -218,11 +218,14 @@ def test_time_embedding():
 # ------------------------------------------------------------ ddpm_ho_2020.py: the paper's other experiments
 
 def test_langevin_on_an_exact_gaussian_score():
-    """N(0.3, 0.2²) data: the samples have their mean and deviation."""
+    """N(0.3, 0.2²) data: the samples have its moments; of one point, each level has its own noise."""
     torch.manual_seed(0)
     s = make_schedule("geometric", 300)
     *_, (t, x, _) = ddpm.langevin_sample(exact_eps(s, 0.3, 0.04), s, randn(4000, 1, 1, 1))
     assert t == 0 and abs(x.mean() - 0.3) < 0.02 and abs(x.std() - 0.2) < 0.02
+    for t, x, _ in ddpm.langevin_sample(exact_eps(s, 0.3, 0), s, randn(4000, 1)):
+        noise = (x / s.alpha_bar[t].sqrt() - 0.3).std() * s.snr[t + 1].sqrt()
+        assert t == 0 or t > 290 or 1 < noise < 1.1  # steps of a finite size add a little
     _, x, _ = next(ddpm.langevin_sample(exact_eps(s, 0.3, 0.04), s, randn(4, 1), each=0))  # moves no x,
     assert x.allclose((s.alpha_bar[299] / s.alpha_bar[300]).sqrt() * randn(4, 1))  # but rescales it
 
@@ -247,6 +250,7 @@ def test_bits_per_dim_of_a_known_model(variance):
     rates, rmse = map(torch.tensor, ddpm.rate_distortion(exact_eps(s, 0.0, v), s, x0, variance, clip=False))
     expected = torch.cat([L_T, kl]).cumsum(0).float() / math.log(2)
     assert len(rates) == 51 and rates[:-1].allclose(expected, rtol=0.02, atol=1e-3)
+    assert rates[0].item() == pytest.approx(expected[0].item(), rel=0.05)  # L_T is small, but not 0
     assert len(rmse) == 50 and rmse.allclose(127.5 * error[1:].flip(0).sqrt().float(), rtol=0.03)
     assert rates.diff().min() > 0 and rmse.diff().max() < 0.1  # monotone
     entropy = math.log2(0.2 * math.sqrt(2 * math.pi * math.e) * 127.5)  # of the grey levels, nearly
@@ -461,6 +465,10 @@ def test_checkpoints_that_are_none_are_named(quick, fails, script):
             torch.save(content, file)
         for flags in ("--checkpoint=checkpoint.pt", "--resume --out=."):
             fails(script, flags, rf"no checkpoint of {script.__name__}\.py at .*checkpoint\.pt: .*truncated")
+
+def test_weights_alone_are_no_run_to_resume(quick, fails):
+    Path("checkpoint.pt").write_bytes((quick(ddpm)[0] / "weights.pt").read_bytes())
+    fails(ddpm, "--resume --out=.", "not a run to resume")
 
 MISTAKES = {
     ddpm: {"--dataset=mnits": "mnits.*digits.*cifar10", "--dataset=empty": "0 readable images in",
