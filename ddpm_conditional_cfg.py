@@ -3,7 +3,7 @@
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
 predictions points towards "more like class y", and w says how far to go. (Equations in copies are Ho's.)
 
-    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 5 min 28 s on two CPU cores
+    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 4 min 42 s on two CPU cores
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
     python ddpm_conditional_cfg.py --dataset cars   # or a folder, once ddpm_ho_2020.py has decoded it
     python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --w 2
@@ -86,7 +86,7 @@ def eps_of(s, xt, t, x0):
     return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0) / like((1 - s.alpha_bar[t]).sqrt(), xt)
 
 def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
-    """p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I), Eq. (1).  t (B,) in 1..T -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0
+    """p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I), Eq. (1).  t (B,) in 1..T -> μ_θ (B, ...), σ_t² (B, 1, ...), x̂_0
 
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.

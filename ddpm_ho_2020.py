@@ -81,7 +81,7 @@ def eps_of(s, xt, t, x0):
     return (xt - like(s.alpha_bar[t].sqrt(), xt) * x0) / like((1 - s.alpha_bar[t]).sqrt(), xt)
 
 def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
-    """p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I), Eq. (1).  t (B,) in 1..T -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0
+    """p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I), Eq. (1).  t (B,) in 1..T -> μ_θ (B, ...), σ_t² (B, 1, ...), x̂_0
 
     μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
     σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
@@ -322,7 +322,8 @@ def load_data(dataset, data_dir, download=True):
 def load_folder(dataset, data_dir, size, cache):
     """As load_data: each image below the folder dataset, or of Stanford Cars in any of the layouts of its
     copies, scaled and cropped in the middle to size (H, W), in colour. The class is the folder that it lies
-    in, or what the cars' .mat says. Decoded once, then kept in the file cache until something changes."""
+    in, or what the cars' .mat says. Decoded once, then kept in the file cache until something changes.
+    OSError if there are fewer than two."""
     cars = [data_dir / "stanford_cars", data_dir / "cars_train"]
     folder = Path(dataset) if dataset != "cars" else next((f for f in cars if f.is_dir()), data_dir)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()
@@ -545,7 +546,8 @@ def draw_all(out, images, frames, real, losses):
            for _, x, _ in frames[::-1][::len(frames) // 40 + 1][::-1]]  # some 30 of them, the last included
     gif[0].save(out / "reverse.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 20, duration=80)
     means = [part.mean() for part in losses.chunk(100)]  # of each hundredth of the run
-    draw_curve(out / "loss.png", np.linspace(0, len(losses), len(means)), means, "step", "loss", "log")
+    ends = np.linspace(0, len(losses), len(means) + 1)[1:]
+    draw_curve(out / "loss.png", ends, means, "step", "loss", "log")
 
 @torch.no_grad()
 def experiments(args, net, s, held_out, out):
@@ -682,9 +684,10 @@ def main(args):
     torch.manual_seed(args.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Sampling alone needs no data. The lock: of torchrun's processes one decodes, then the others read.
         with suppress(OSError if args.checkpoint and not args.experiments else ()), FileLock(out / ".lock"):
             real = (load_data(args.dataset, args.data_dir, download=not args.checkpoint)
-                    if args.dataset in ("digits", "mnist", "cifar10") else  # one decodes, the others read
+                    if args.dataset in ("digits", "mnist", "cifar10") else
                     load_folder(args.dataset, Path(args.data_dir), args.image_size, out / "cache.pt"))
             real = [[v.to(args.device) for v in pair] for pair in real]  # each pair: images, labels
         shape = state["image_shape"] if state else list(real[0][0].shape[1:])
