@@ -9,8 +9,8 @@ so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last mo
 
     python schedules.py           # draws every schedule and what it does to data, into runs/schedules
 
-Add your own: a function of T that returns beta, under @schedule, appears in these figures, in every script's
---schedule and in the tests.  Shapes: B batch, ... one example (2 for a point, C, H, W for an image).
+Add your own: a function of T that returns beta, with @schedule above it, appears in these figures, in every
+script's --schedule and in the tests.  Shapes: B batch, ... one example (2 for a point, C, H, W for an image).
 """
 import argparse
 import json
@@ -28,9 +28,10 @@ def schedule(f):
     SCHEDULES[f.__name__] = f
     return f
 
-def from_alpha_bar(alpha_bar):
+def from_alpha_bar(alpha_bar, largest=0.999):
     """β_t = 1 - ᾱ_t / ᾱ_{t-1}, at most 0.999 as Nichol & Dhariwal bound it.  ᾱ_0..ᾱ_T (T+1,) -> (T+1,)"""
-    return F.pad((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999), (1, 0))  # β_0 = 0
+    beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest)
+    return F.pad(beta, (1, 0))  # β_0 = 0
 
 def time(T):
     """t/T for t = 0..T, float64, shape (T+1,)."""
@@ -39,18 +40,20 @@ def time(T):
 @schedule
 def linear(T):
     """β_t evenly spaced from 1e-4 to 0.02.  Ho et al. 2020, Sec. 4, for T = 1000; here times 1000/T."""
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # fewer steps must be larger
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # fewer steps, each of them larger
     return F.pad(beta.clamp(max=0.999), (1, 0))  # β_0 = 0
 
 @schedule
 def quadratic(T):
-    """√β_t evenly spaced, with the ends of linear.  Tried by Ho et al. 2020, Sec. 4."""
+    """√β_t evenly spaced, with the ends of linear.  One of those that Ho et al. 2020 tried, Appendix B."""
     beta = torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2 * 1000 / T
     return F.pad(beta.clamp(max=0.999), (1, 0))
 
 @schedule
 def constant(T):
-    """The same β at every t, 0.01 for T = 1000: ᾱ_t = e^(-10 t/T).  Tried by Ho et al. 2020, Sec. 4."""
+    """The same β at every t.  One of those that Ho et al. 2020 tried, Appendix B; their code has 0.02.
+
+    Ours is about 0.01 for T = 1000, so that ᾱ_t = e^(-10 t/T) ends where linear does."""
     return from_alpha_bar(torch.exp(-10 * time(T)))
 
 @schedule
@@ -67,63 +70,76 @@ def sigmoid(T):
 
 @schedule
 def geometric(T):
-    """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.
+    """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.1.
 
-    They add noise without shrinking the data, x_0 + σ_t z; divided by √(1 + σ_t²) the variance stays 1, and
-    ᾱ_t = 1 / (1 + σ_t²). The top is 50 as in their paper of 2020: 2019's 1 leaves 0.71 of the signal."""
+    They add noise without shrinking the data, x_0 + σ_t z. Divided by √(1 + σ_t²) the variance stays 1, and
+    ᾱ_t = 1 / (1 + σ_t²). Theirs: 0.01 .. 1 (Sec. 5), in 2020 up to 50, for pixels in [0, 1]. On [-1, 1] these
+    would be doubled; we keep the numbers. A top of 1 would leave 0.71 of the signal."""
     sigma = F.pad(torch.logspace(-2, math.log10(50), T, dtype=torch.float64), (1, 0))  # σ_0 = 0
     return from_alpha_bar(1 / (1 + sigma ** 2))
 
 @schedule
 def inverse(T):
-    """β_t = 1 / (T - t + 1), each step erases 1/T of the signal: ᾱ_t = 1 - t/T.  Sohl-Dickstein et al. 2015,
-    Sec. 2.4.1, for binomial diffusion. There β_T = 1; here 0.999, as a Gaussian needs β < 1."""
+    """β_t = 1 / (T - t + 1): ᾱ_t = 1 - t/T, each step takes 1/T of the signal's power.  Sohl-Dickstein et al.
+    2015, Sec. 2.4.1, for binomial diffusion. There β_T = 1; here 0.999, as a Gaussian needs β < 1."""
     return from_alpha_bar(1 - time(T))
 
-def like(c, x):
-    """Coefficients, one per example or one for all, cast and shaped to multiply x.  (B,) -> (B, 1, ..., 1)"""
-    return c.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+def extract(table, t, x):
+    """The entry of a table for each example's t, shaped to multiply x.  t (B,), or one integer for all.
+    table (T+1,) float64, x (B, ...) -> (B, 1, ..., 1) in x's type"""
+    ones = [1] * (x.dim() - 1)
+    return table[t].to(x.dtype).reshape(-1, *ones)
 
 class Schedule:
     """The tables of one schedule, indexed by the paper's t, and the two distributions of q in closed form.
+
     beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: q then does not end in
-    N(0, I), where sampling starts (the usual cause: betas for T = 1000 with a smaller T)."""
+    N(0, I), where sampling starts (the usual cause: betas for T = 1000 with a smaller T).
+
+        s = make_schedule("linear", 1000)
+        xt = s.q_sample(x0, t, torch.randn_like(x0))"""
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64)
         if beta.dim() != 1 or len(beta) < 2 or beta[0] != 0 or not ((beta[1:] > 0) & (beta[1:] < 1)).all():
             raise ValueError("beta must have T + 1 entries: beta[0] = 0, then 0 < beta[t] < 1 for t = 1..T")
         self.T = len(beta) - 1
-        self.beta, self.alpha, self.alpha_bar = beta, 1 - beta, (1 - beta).cumprod(0)
-        beta_tilde = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:]) * beta[1:]  # Eq. (7)
-        self.beta_tilde = F.pad(beta_tilde, (1, 0))  # β̃_1 = 0, and as β_0 = 0 so is β̃_0
+        self.beta = beta
+        self.alpha = 1 - beta
+        self.alpha_bar = self.alpha.cumprod(0)
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
-        if (left := self.alpha_bar[-1].sqrt().item()) > 0.1:
-            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {left:.2f} of the signal, but samplers "
-                          "start from pure noise", stacklevel=2)
+        beta_tilde = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:]) * beta[1:]  # Eq. (7), t = 1..T
+        self.beta_tilde = F.pad(beta_tilde, (1, 0))  # β̃_1 = 0; the entry for t = 0 is there for the index
+        signal_left = self.alpha_bar[-1].sqrt().item()
+        if signal_left > 0.1:
+            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {signal_left:.2f} of the signal, but "
+                          "samplers start from pure noise", stacklevel=2)
 
     def to(self, device):
         """Move the tables. They stay float64, except on Apple's MPS, which has only float32."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        for name in ("beta", "alpha", "alpha_bar", "beta_tilde", "snr"):
+        for name in ("beta", "alpha", "alpha_bar", "snr", "beta_tilde"):
             setattr(self, name, getattr(self, name).to(dtype).to(device))
         return self
 
     def q_sample(self, x0, t, eps):
         """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε, a draw from q(x_t | x_0) if ε ~ N(0, I).  Eq. (4).
         x0, eps: (B, ...);  t: (B,) integers in 0..T, or one integer for all.  -> (B, ...)"""
-        alpha_bar = self.alpha_bar[t]
-        return like(alpha_bar.sqrt(), x0) * x0 + like((1 - alpha_bar).sqrt(), x0) * eps
+        return extract(self.alpha_bar.sqrt(), t, x0) * x0 + extract((1 - self.alpha_bar).sqrt(), t, x0) * eps
+
+    def posterior_coefficients(self, t, x):
+        """The two factors in μ̃_t = a_t x_0 + b_t x_t, Eq. (7), for t in 1..T.  -> (B, 1, ..., 1) each
+        a_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t),   b_t = √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)"""
+        alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}, t = 1..T
+        a = alpha_bar_prev.sqrt() * self.beta[1:] / (1 - alpha_bar)
+        b = self.alpha[1:].sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        return extract(F.pad(a, (1, 0)), t, x), extract(F.pad(b, (1, 0)), t, x)  # padded: index t is t
 
     def q_posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), the forward process looked at backwards.  Eqs. (6), (7).
-        μ̃_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t) x_0  +  √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) x_t
-        x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.  -> (B, ...), (B, 1, ..., 1)"""
-        beta, alpha = self.beta[t], self.alpha[t]
-        alpha_bar, alpha_bar_prev = self.alpha_bar[t], self.alpha_bar[t - 1]
-        mu_tilde = (like(alpha_bar_prev.sqrt() * beta / (1 - alpha_bar), x0) * x0
-                    + like(alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar), xt) * xt)
-        return mu_tilde, like(self.beta_tilde[t], xt)
+        """q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), a forward step reversed, x_0 being known.  Eqs. (6), (7).
+        x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.  -> μ̃_t (B, ...), β̃_t (B, 1, ..., 1)"""
+        a, b = self.posterior_coefficients(t, xt)
+        return a * x0 + b * xt, extract(self.beta_tilde, t, xt)
 
 def make_schedule(name, T):
     """The schedule of SCHEDULES called name, with T steps. ValueError for another name or T < 1."""
@@ -134,8 +150,9 @@ def make_schedule(name, T):
 # --------------------------------------------------- the first practical: what does a schedule do to data?
 
 def accuracy_at(s, t, x, y, eps):
-    """Accuracy of the nearest neighbour of the last 500 digits, noised, among √ᾱ_t x_0 of the others: the x_0
-    that maximises log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / 2(1 - ᾱ_t) + c.  x (N, D), y (N,), eps (500, D)"""
+    """The share of the last 500 digits, noised to t, with the same label as the nearest of the others, scaled
+    by √ᾱ_t: the x_0 with the largest log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / 2(1 - ᾱ_t) + c.
+    x (N, 64), y (N,), eps (500, 64)"""
     from sklearn.neighbors import KNeighborsClassifier
     nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])
     return nearest.score(s.q_sample(x[-500:], t, eps), y[-500:])
@@ -147,16 +164,18 @@ def main(args):
     from sklearn.preprocessing import scale
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x) / 8 - 1  # grey levels 0..16 -> [-1, 1]
-    roll = torch.tensor(scale(make_swiss_roll(2000, noise=0.02, random_state=args.seed)[0][:, [0, 2]]))
+    roll, _ = make_swiss_roll(2000, noise=0.02, random_state=args.seed)
+    roll = torch.tensor(scale(roll[:, [0, 2]]))  # (2000, 2), each coordinate of variance 1
     torch.manual_seed(args.seed)
     eps, eps_roll = torch.randn_like(x[-500:]), torch.randn_like(roll)  # the same noise for all
 
     all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
     ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
-    accuracy = {name: [accuracy_at(s, t, x, y, eps) for t in ts] for name, s in all_s.items()}
-    metrics = {name: {"signal_left": s.alpha_bar[-1].sqrt().item(),
-                      "structure_share": sum(a > 0.5 for a in accuracy[name][1:]) / (len(ts) - 1)}
-               for name, s in all_s.items()}
+    accuracy, metrics = {}, {}
+    for name, s in all_s.items():
+        accuracy[name] = [accuracy_at(s, t, x, y, eps) for t in ts]
+        share = (torch.tensor(accuracy[name][1:]) > 0.5).double().mean()
+        metrics[name] = {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": share.item()}
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     axes = Figure(figsize=(16, 4), layout="constrained").subplots(1, 4)
@@ -165,7 +184,8 @@ def main(args):
             ax.plot(time(args.T)[1:].numpy(), table[1:].numpy(), label=name)
         axes[3].plot((ts / args.T).numpy(), accuracy[name])
     for ax, title in zip(axes, ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")):
-        ax.set(title=title, xlabel="t/T", yscale="log" if ax is axes[0] else "linear")
+        ax.set(title=title, xlabel="t/T")
+    axes[0].set_yscale("log")
     axes[0].legend(fontsize=8)
     axes[0].figure.savefig(f"{args.out}/schedules.png", dpi=100)
 
@@ -173,16 +193,20 @@ def main(args):
     axes = Figure(figsize=(14, 1.05 * len(all_s)), layout="constrained").subplots(len(all_s), 14)
     for row, (name, s) in zip(axes, all_s.items()):
         for i, t in enumerate(columns):
-            row[i].scatter(*s.q_sample(roll, t, eps_roll).T.numpy(), s=0.2, linewidths=0, c="k")
+            horizontal, vertical = s.q_sample(roll, t, eps_roll).T.numpy()
+            row[i].scatter(horizontal, vertical, s=0.2, linewidths=0, c="k")
             row[i].set(xlim=(-3, 3), ylim=(-3, 3))
             four = s.q_sample(x[:4], t, eps[:4]).reshape(2, 2, 8, 8).transpose(1, 2).reshape(16, 16)
             row[i + 7].imshow(four.numpy(), cmap="gray", vmin=-1, vmax=1)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    for i, ax in enumerate(axes.reshape(-1)):
-        ax.set(xticks=[], yticks=[], title=f"t={columns[i % 7]}" if i < 14 else "")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for i, t in enumerate([*columns, *columns]):
+        axes[0, i].set_title(f"t={t}")
     axes[0, 0].figure.savefig(f"{args.out}/destruction.png", dpi=100)
 
-    Path(args.out, "metrics.json").write_text(json.dumps({"config": vars(args), **metrics}, indent=1))
+    text = json.dumps({"config": vars(args), **metrics}, indent=1)
+    Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
     for name, m in metrics.items():
         print(f"{name:<12} signal left at T: {m['signal_left']:.4f}   "
               f"share of steps with accuracy > 1/2: {m['structure_share']:.2f}")
@@ -190,11 +214,13 @@ def main(args):
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Draw every noise schedule and what it does to data.")
-    p.add_argument("--T", type=int, default=1000, help="diffusion steps (Ho et al. 2020: 1000)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--T", type=int, default=1000, help="diffusion steps, at least 2 (Ho et al. 2020: 1000)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--out", default="runs/schedules", help="folder for the figures")
     args = p.parse_args(argv)
-    return args if args.T > 1 else p.error("--T must be at least 2")
+    if args.T < 2:
+        p.error("--T must be at least 2")
+    return args
 
 if __name__ == "__main__":
     main(get_args())

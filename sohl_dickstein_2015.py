@@ -1,400 +1,667 @@
 """Deep Unsupervised Learning using Nonequilibrium Thermodynamics. Sohl-Dickstein et al., arXiv 1503.03585.
 
-One idea: destroy the structure of data by T small steps of noise, q. Each step undone is nearly as simple as
-the step itself, so a network can learn it, p, and the chain of these turns noise into data. What is maximised
-is a bound on the mean log-likelihood with every term in closed form, Eq. (14):
+One idea: destroy the structure of data by T small steps of noise, q. Undoing one step is nearly as simple as
+the step itself, so a network can learn it, p. The chain of these steps turns noise into data. Training
+maximises a bound on the mean log-likelihood in which every term has a closed form, Eq. (14):
 
     K = - Σ_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
-The step t = 1 has nothing to learn: it is the forward step, reversed under the noise's own distribution π.
+The step t = 1 has nothing to learn. It is the forward step, reversed under the noise's own distribution π:
+that removes the edge effect, App. B.2, Eq. (44).
 
     python sohl_dickstein_2015.py                             # Swiss roll, T = 40, β learned
-    python sohl_dickstein_2015.py --data heartbeat            # binary sequences, T = 2000
+    python sohl_dickstein_2015.py --dataset heartbeat         # binary sequences, T = 2000
     python sohl_dickstein_2015.py --checkpoint runs/sohl_dickstein_2015-swiss_roll/checkpoint.pt
 
 Expect, on two CPU cores, seed 0: K = 2.60 ± 0.01 bits in 2 minutes; 2.70 is possible, and the paper has 2.35
 for its roll. Heartbeat: K = -2.37 bits in 2 minutes (possible -2.32, paper -2.41), 99 % of samples valid.
 
 Differs from the paper:
-  - The network is given ᾱ_t, not t, and says what x_0 may be: its mean and covariance or, of bits,
-    probabilities. The closed form of q makes f_mu, f_sigma, f_b of that. The paper's gives these themselves.
-  - Roll: an MLP on x_t and sines of it, not on 16 radial basis functions; f_sigma full, not diagonal. How
-    noisy the paper's roll is it does not say, and K depends on that: hold K against the ceiling.
-  - Heartbeat: the paper's three sigmoid layers of 50, but one readout for all t instead of one each.
+  - The network is given ᾱ_t, not t. It says what x_0 may be: the mean and covariance or, of bits, the
+    probabilities. q's closed form makes f_mu, f_sigma, f_b of that. The paper's gives these itself, by one
+    readout per t, with a sigmoid on the roll's diagonal f_sigma. Ours has one for all t; f_sigma is full.
+  - Roll: an MLP on x_t and sines of it, not 16 radial basis functions. The paper does not say how noisy its
+    roll is, and K depends on that: hold K against the ceiling.
+  - Heartbeat: the three sigmoid layers of 50 are the paper's, but they get each bit's evidence, not the bits.
   - Posteriors: the r(x_t) that is exact where p(x_0 | x_t) is Gaussian, not the same r for all t, Eq. (23).
   - Adam, its rate decayed to 0, gradients clipped at 100; the paper has SFO, a quasi-Newton method.
 
-Shapes: B batch, D dimensions of x (2 of the roll, 20 of the heartbeat).
+Shapes: B batch, D dimensions of x (2 of the roll, 20 of the heartbeat); t (B,), and so ᾱ_t by extract (B, 1).
+All is float64, since 1 - ᾱ_1 is 1e-7; only the networks' layers are float32.
 """
+import math
+
+import torch
+import torch.nn as nn
+from torch.distributions import Bernoulli, Independent, MultivariateNormal, kl_divergence
+
+from schedules import SCHEDULES, Schedule, extract, from_alpha_bar, make_schedule
+
+RHO = 0.2  # rate of the noise on bits, App. D.1.2 (Table App.1: 0.5). The data's, so that -E log π = H_p(X_T)
+NO_SIGNAL = torch.tensor(0.0, dtype=torch.float64)  # with it for ᾱ_t, q(x_t | x_0) is π, the noise itself
+
+# -------------------------------------------------- Sec. 2.1, Table App.1: the forward process, q(x_t | x_0)
+
+def gaussian_q(x0, alpha_bar):
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).  x0 (B, D), alpha_bar (B, 1) or one for all -> B Gaussians
+        xt = gaussian_q(x0, extract(s.alpha_bar, t, x0)).sample()"""
+    std = (1 - alpha_bar).sqrt() * torch.ones_like(x0)
+    return MultivariateNormal(alpha_bar.sqrt() * x0, scale_tril=torch.diag_embed(std), validate_args=False)
+
+def bits(rate):
+    """B(rate): D independent bits, each 1 with its own probability.  rate (B, D)"""
+    return Independent(Bernoulli(rate, validate_args=False), 1)
+
+def binomial_q(x0, alpha_bar):
+    """q(x_t | x_0) = B(ᾱ_t x_0 + (1 - ᾱ_t) ρ).  x0 (B, D) of 0. and 1., alpha_bar (B, 1) or one for all
+        xt = binomial_q(x0, extract(s.alpha_bar, t, x0)).sample()"""
+    return bits(alpha_bar * x0 + (1 - alpha_bar) * RHO)
+
+# ------------------------------------------- Sec. 2.2: the reverse process, p(x_{t-1} | x_t) for t = T..2
+
+def gaussian_posterior(s, xt, t, x0):
+    """q(x_{t-1} | x_t, x_0) = N(μ̃_t(x_t, x_0), β̃_t I): what p has to be near to, if x_0 were known."""
+    mu_tilde, beta_tilde = s.q_posterior(x0, xt, t)
+    std = beta_tilde.sqrt().expand_as(xt)
+    return MultivariateNormal(mu_tilde, scale_tril=torch.diag_embed(std), validate_args=False)
+
+def gaussian_p(s, xt, t, moments):
+    """p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t)), from the moments of x_0 given x_t: x̂_0 and S.
+        f_mu = μ̃_t(x_t, x̂_0),   f_sigma = β̃_t (I + (SNR_{t-1} - SNR_t) S)
+    These are the moments of q(x_{t-1} | x_t, x_0) averaged over x_0, and so of the Gaussian nearest in KL.
+    moments: x̂_0 (B, D), S (B, D, D)
+        x_prev = gaussian_p(s, xt, t, net(xt, extract(s.alpha_bar, t, xt))).sample()"""
+    x0_hat, S = moments
+    f_mu, beta_tilde = s.q_posterior(x0_hat, xt, t)
+    identity = torch.eye(xt.shape[1], dtype=xt.dtype, device=xt.device)
+    gain = extract(s.snr, t - 1, S) - extract(s.snr, t, S)  # (B, 1, 1)
+    f_sigma = beta_tilde[:, None] * (identity + gain * S)
+    L = torch.linalg.cholesky_ex(f_sigma).L  # raises nothing where S is NaN; train_step sees that in K
+    return MultivariateNormal(f_mu, scale_tril=L, validate_args=False)
+
+def evidence(xt, alpha_bar):
+    """What each bit says alone: log q(x_t | x_0 = 1) / q(x_t | x_0 = 0).  With α_t for ᾱ_t, what it says of
+    x_{t-1}.  xt (B, D), alpha_bar (B, 1) -> (B, D)"""
+    rate_of_0 = (1 - alpha_bar) * RHO  # q(x_t = 1 | x_0 = 0)
+    rate_of_1 = rate_of_0 + alpha_bar  # q(x_t = 1 | x_0 = 1)
+    said_by_1 = (rate_of_1 / rate_of_0).log()
+    said_by_0 = ((1 - rate_of_1) / (1 - rate_of_0)).log()
+    return torch.where(xt == 1, said_by_1, said_by_0)
+
+def binomial_posterior(s, xt, t, x0):
+    """q(x_{t-1} | x_t, x_0).  Bayes' rule: to the log-odds of q(x_{t-1} | x_0) add those that x_t gives."""
+    log_odds = binomial_q(x0, extract(s.alpha_bar, t - 1, x0)).mean.logit()
+    return bits((log_odds + evidence(xt, extract(s.alpha, t, xt))).sigmoid())
+
+def binomial_p(s, xt, t, rate):
+    """p(x_{t-1} | x_t) = B(f_b(x_t, t)): q(x_{t-1} | x_t, x_0), averaged over x_0 ~ B(rate).  rate (B, D)
+        x_prev = binomial_p(s, xt, t, net(xt, extract(s.alpha_bar, t, xt))).sample()"""
+    f_b_of_1 = binomial_posterior(s, xt, t, torch.ones_like(xt)).mean
+    f_b_of_0 = binomial_posterior(s, xt, t, torch.zeros_like(xt)).mean
+    return bits(rate * f_b_of_1 + (1 - rate) * f_b_of_0)
+
+GAUSSIAN = (gaussian_q, gaussian_posterior, gaussian_p)  # a kind of diffusion: what follows is for either
+BINOMIAL = (binomial_q, binomial_posterior, binomial_p)
+
+@torch.no_grad()
+def reverse(kind, s, net, x):
+    """The generative process, Eqs. (4), (5), from x = x_T ~ π (B, D).  Yields (t, x_t) for t = T-1..0.
+        for t, x in reverse(GAUSSIAN, s, net, torch.randn(1000, 2, dtype=torch.float64)):
+            pass  # after the loop t is 0 and x are 1000 samples"""
+    q, _, p = kind
+    for step in range(s.T, 1, -1):
+        t = torch.full((len(x),), step, device=x.device)
+        x = p(s, x, t, net(x, extract(s.alpha_bar, t, x))).sample()
+        yield step - 1, x
+    yield 0, q(x, s.alpha_bar[1]).sample()  # Eq. (44): the forward step is its own reverse, where x_1 ~ π
+
+# ----------------------------------------------------------------- Secs. 2.3, 2.4: the bound, and training
+
+def bound(kind, s, net, x0, t):
+    """The KL of step t, at one x_t ~ q(x_t | x_0) per x_0, and the entropies of Eq. (14), both in bits.
+    x0 (B, D), t (B,) in 2..T -> (B,), (B,)
+        kl, entropies = bound(GAUSSIAN, s, net, x0, t)
+        K = entropies - (s.T - 1) * kl  # for t drawn evenly from 2..T, an estimate of K without bias"""
+    q, posterior, p = kind
+    alpha_bar = extract(s.alpha_bar, t, x0)
+    q_t = q(x0, alpha_bar)
+    xt = q_t.rsample() if q_t.has_rsample else q_t.sample()  # frozen noise: β moves x_t, and K through it
+    kl = kl_divergence(posterior(s, xt, t, x0), p(s, xt, t, net(xt, alpha_bar)))
+    H_q_T = q(x0, s.alpha_bar[-1]).entropy()
+    H_q_1 = q(x0, s.alpha_bar[1]).entropy()
+    H_p_T = q(x0, NO_SIGNAL).entropy()
+    return kl / math.log(2), (H_q_T - H_q_1 - H_p_T) / math.log(2)
+
+def schedule_of(net):
+    """The Schedule of net.logits (T,): β_t = sigmoid(logits[t-1]). All but β_1 may learn, Sec. 2.4.1."""
+    logits = torch.cat([net.logits[:1].detach(), net.logits[1:]])
+    beta = logits.sigmoid().clamp(1e-15, 0.999)  # inside (0, 1), as Schedule demands
+    return Schedule(nn.functional.pad(beta, (1, 0)))  # β_0 = 0
+
+def train_step(kind, net, opt, x0):
+    """One step of gradient ascent on K, Eq. (15), with one random t per example.  x0 (B, D) -> K in bits, ()
+    Raises FloatingPointError, with net as it was, if K or its gradient is not finite.
+        net = RollNet(start_beta("learned", 40), learned=True)
+        opt = torch.optim.Adam(net.parameters(), 4e-3, maximize=True)
+        K = train_step(GAUSSIAN, net, opt, draw_roll(2048, 0.02, seed=0))"""
+    s = schedule_of(net)
+    t = torch.randint(2, s.T + 1, (len(x0),), device=x0.device)
+    kl, entropies = bound(kind, s, net, x0, t)
+    K = (entropies - (s.T - 1) * kl).mean()
+    opt.zero_grad()
+    K.backward()
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 100)
+    if not (K.isfinite() and norm.isfinite()):
+        raise FloatingPointError("K or its gradient is not finite")
+    opt.step()
+    return K.detach()
+
+# ------------------------------------------ Sec. 2.5: posteriors.  Sec. 2.6: the entropy of a reverse step
+
+def given(moments, y, precision, xt, alpha_bar):
+    """The moments of p(x_0) r(x_0) / Z given x_t, for r(x_0) = Π_i N(y_i; x_0i, 1 / precision_i).  Eq. (22):
+    used in place of moments, it multiplies p(x_{t-1} | x_t) by r(x_{t-1}) = E[r(x_0) | x_{t-1}].
+    y (D,) is observed: all of it, to denoise; or with precision (D,) 0 elsewhere some of it, to inpaint.
+        for t, x in reverse(GAUSSIAN, s, partial(given, net, y, precision), xT): pass"""
+    x0_hat, S = moments(xt, alpha_bar)
+    identity = torch.eye(len(y), dtype=S.dtype, device=S.device)
+    S = torch.linalg.solve(identity + S * precision, S)  # (S⁻¹ + diag(precision))⁻¹
+    return x0_hat + (S @ (precision * (y - x0_hat))[..., None])[..., 0], S
+
+@torch.no_grad()
+def entropy_of_step(kind, s, net, x0, t):
+    """The bounds that q alone gives on the entropy of the reverse step t, and the entropy of our p.  Eq. (24)
+        H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0)  ≤  H_q(X_{t-1}|X_t)  ≤  H_q(X_t|X_{t-1})
+    The left side is H_q(X_{t-1}|X_t,X_0). The right one needs H_q(X_t) to grow with t, as it does where
+    -E log π(x_t) does not shrink, since KL(q(x_t) || π) = -H_q(X_t) - E log π(x_t) shrinks: for standardised
+    data, and for bits of rate ρ. The entropy of a p with the true moments lies between as well, and exceeds
+    the left side by the KL of Eq. (14).  x0 (B, D), t (B,) in 2..T -> left, p's, right in bits, (B,) each
+        left, middle, right = entropy_of_step(GAUSSIAN, s, net, x0, t)"""
+    q, _, p = kind
+    alpha_bar_prev, alpha_bar = extract(s.alpha_bar, t - 1, x0), extract(s.alpha_bar, t, x0)
+    q_prev = q(x0, alpha_bar_prev)
+    q_step = q(q_prev.sample(), extract(s.alpha, t, x0))  # q(x_t | x_{t-1}): a jump with α_t for ᾱ_t
+    xt = q_step.sample()
+    right = q_step.entropy()
+    left = right + q_prev.entropy() - q(x0, alpha_bar).entropy()
+    middle = p(s, xt, t, net(xt, alpha_bar)).entropy()
+    return left / math.log(2), middle / math.log(2), right / math.log(2)
+
+# -------------------------------------------------- App. D.1: the networks, which hold β as well (Sec. 2.4.1)
+
+def start_beta(schedule, T):
+    """β_1..β_T to start from: a schedule's; for "learned", the log-SNR evenly spaced from 16 to -6.  (T,)"""
+    if schedule != "learned":
+        return make_schedule(schedule, T).beta[1:]
+    alpha_bar = torch.linspace(16, -6, T, dtype=torch.float64).sigmoid()
+    return from_alpha_bar(nn.functional.pad(alpha_bar, (1, 0), value=1))[1:]  # ᾱ_0 = 1
+
+def mlp(widths, activation):
+    """Linear layers from widths[0] to widths[-1], an activation between them; the last one starts at 0."""
+    layers = []
+    for inputs, outputs in zip(widths[:-1], widths[1:]):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    for parameter in layers[-2].parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(*layers[:-1])  # no activation behind the last
+
+class RollNet(nn.Module):
+    """x_t, ᾱ_t -> the mean x̂_0 and the covariance S of x_0 given x_t.  (B, 2), (B, 1) -> (B, 2), (B, 2, 2)
+        x̂_0 = √ᾱ x_t + √(1 - ᾱ) g,   S = (1 - ᾱ) L Lᵀ
+    The layers give g, which is -v of Salimans & Ho 2022, and the triangular L. In a new network g = 0, L = I:
+    this is right for data from N(0, I), so K starts at L_null.  beta: start_beta's"""
+    def __init__(self, beta, learned=False, width=128):
+        super().__init__()
+        self.layers = mlp([67, width, width, width, width, 5], nn.SiLU)
+        self.logits = nn.Parameter(beta.logit(), requires_grad=learned)
+
+    def forward(self, xt, alpha_bar):
+        x, log_snr = xt.float(), alpha_bar.logit().float()
+        waves = (x[:, :, None] * torch.arange(1, 17, device=x.device)).flatten(1)  # (B, 32)
+        out = self.layers(torch.cat([x, log_snr / 4, waves.sin(), waves.cos()], 1)).to(xt.dtype)
+        g, log_diagonal, below = out.split([2, 2, 1], 1)
+        L = torch.diag_embed(log_diagonal.exp())
+        L[:, 1, 0] = below[:, 0]
+        return alpha_bar.sqrt() * xt + (1 - alpha_bar).sqrt() * g, (1 - alpha_bar)[:, None] * L @ L.mT
+
+class HeartbeatNet(nn.Module):
+    """x_t, ᾱ_t -> the probability of each bit of x_0 to be 1.  (B, 20), (B, 1) -> (B, 20)"""
+    def __init__(self, beta, width=50):
+        super().__init__()
+        self.layers = mlp([20, width, width, width, 20], nn.Sigmoid)
+        self.logits = nn.Parameter(beta.logit(), requires_grad=False)
+
+    def forward(self, xt, alpha_bar):
+        return self.layers(evidence(xt, alpha_bar).float() / 4).sigmoid().to(xt.dtype)
+
+# -------------------------------------------------------------------------------------- not in the paper
+
+def score(x0_hat, xt, alpha_bar):
+    """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t), the mean of ∇ log q(x_t | x_0).  Vincent 2011.
+    f_mu is μ̃_t at x̂_0, so f_mu gives the score, and to maximise K is to match scores.  -> (B, D)
+        x0_hat, S = net(xt, alpha_bar)
+        field = score(x0_hat, xt, alpha_bar)"""
+    return (alpha_bar.sqrt() * x0_hat - xt) / (1 - alpha_bar)
+
+# The paper ends here; the rest trains, measures and draws.
+
 import argparse
 import json
-import math
+import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn as nn
+import numpy as np
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
-from scipy import special, stats
 from sklearn.datasets import make_swiss_roll
-from torch.distributions import Bernoulli, Independent, MultivariateNormal, kl_divergence
-from torchvision.ops import MLP
 from tqdm import tqdm
 
-from schedules import SCHEDULES, Schedule, from_alpha_bar, like, make_schedule
-
-RHO = 0.2  # rate of the noise on bits, App. D.1.2 (Table App.1: 0.5). The data's, so that -E log π = H_p(X_T)
-
-# -------------------------------------- Table App.1: Gaussian and binomial diffusion, forward and in reverse
-
-def gaussian_q(x0, alpha_bar):
-    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I); with ᾱ = 0 the noise itself, π = N(0, I).  x0 (B, D)"""
-    std = like((1 - alpha_bar).sqrt(), x0).expand_as(x0)
-    return MultivariateNormal(like(alpha_bar.sqrt(), x0) * x0, scale_tril=torch.diag_embed(std))
-
-def gaussian_p(s, xt, t, x0_hat, S=0):
-    """p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_sigma(x_t, t)), t >= 2, from moments of x_0 given x_t.
-
-    With x_0 itself and S = 0 this is q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I). Averaged over x_0 that has mean
-    f_mu = μ̃_t(x̂_0, x_t) and covariance f_sigma = β̃_t (I + (SNR_{t-1} - SNR_t) S); the Gaussian with the
-    right moments has the smallest KL.  x0_hat (B, D), S (B, D, D)"""
-    f_mu, beta_tilde = s.q_posterior(x0_hat, xt, t)
-    f_sigma = torch.eye(xt.shape[1]).to(xt) + like(s.snr[t - 1] - s.snr[t], xt)[..., None] * S
-    return MultivariateNormal(f_mu, beta_tilde[..., None] * f_sigma)
-
-def given(moments, y, precision, xt, alpha_bar):
-    """Sec. 2.5: the moments of p(x_0) r(x_0) / Z given x_t, for r(x_0) = Π_i N(y_i; x_0i, 1 / precision_i).
-
-    A noisy observation y (D,) of all coordinates denoises, of some (precision 0 elsewhere) inpaints. In place
-    of moments, it multiplies p(x_{t-1} | x_t) by r(x_{t-1}) = E[r(x_0) | x_{t-1}]: Eq. (22)."""
-    x0_hat, S = moments(xt, alpha_bar)
-    S = torch.linalg.solve(torch.eye(len(y)).to(S) + S * precision, S)  # (S⁻¹ + diag(precision))⁻¹
-    return x0_hat + (S @ (precision * (y - x0_hat))[..., None])[..., 0], S
-
-def score(x0_hat, xt, alpha_bar):
-    """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t), the mean of ∇ log q(x_t | x_0).  Vincent 2011.
-
-    f_mu is μ̃_t at x̂_0, so it gives the score, and K fits it by denoising score matching.  -> (B, D)"""
-    return (like(alpha_bar.sqrt(), xt) * x0_hat - xt) / like(1 - alpha_bar, xt)
-
-def binomial_q(x0, alpha_bar):
-    """q(x_t | x_0) = B(ᾱ_t x_0 + (1 - ᾱ_t) ρ); with ᾱ = 0 the noise itself, B(ρ).  x0 (B, D): 0., 1."""
-    return Independent(Bernoulli(like(alpha_bar, x0) * (x0 - RHO) + RHO), 1)
-
-def evidence(xt, alpha_bar):
-    """What each bit says alone, log q(x_t | x_0 = 1) / q(x_t | x_0 = 0); with α_t, of x_{t-1}.  (B, D)"""
-    zero = like(RHO * (1 - alpha_bar), xt)  # q(x_t = 1 | x_0 = 0)
-    one = zero + like(alpha_bar, xt)  # q(x_t = 1 | x_0 = 1)
-    return torch.where(xt == 1, (one / zero).log(), ((1 - one) / (1 - zero)).log())
-
-def binomial_p(s, xt, t, rate):
-    """p(x_{t-1} | x_t) = B(f_b(x_t, t)): q(x_{t-1} | x_t, x_0) averaged over x_0 ~ B(rate).
-
-    By Bayes' rule the log-odds of q(x_{t-1} | x_t, x_0) are those of q(x_{t-1} | x_0) and what x_t says."""
-    said = evidence(xt, s.alpha[t])
-    prior = (binomial_q(torch.full_like(xt, bit), s.alpha_bar[t - 1]).mean.logit() for bit in (1, 0))
-    one, zero = ((said + log_odds).sigmoid() for log_odds in prior)
-    return Independent(Bernoulli(rate * one + (1 - rate) * zero), 1)
-
-# ------------------------------------------------- Secs. 2.2 to 2.4: for both, the reverse process, the bound
-
-GAUSSIAN, BINOMIAL = (gaussian_q, gaussian_p), (binomial_q, binomial_p)
-
-def bound(kind, s, net, x0, t):
-    """The KL of step t at one x_t for each x_0, and the entropies of Eq. (14), in bits.  (B,), (B,)"""
-    q, p = kind
-    q_t = q(x0, s.alpha_bar[t])
-    xt = q_t.rsample() if q_t.has_rsample else q_t.sample()  # frozen noise: β moves x_t, and K through it
-    kl = kl_divergence(p(s, xt, t, x0), p(s, xt, t, *net(xt, s.alpha_bar[t])))
-    # The noise's own entropy, H_p(X_T), is that of q for ᾱ = 0 = β_0.
-    H_q_T, H_q_1, H_p_T = (q(x0, a).entropy() for a in (s.alpha_bar[-1], s.alpha_bar[1], s.beta[0]))
-    return kl / math.log(2), (H_q_T - H_q_1 - H_p_T) / math.log(2)
-
-def reverse(kind, s, net, x):
-    """The reverse process from x = x_T ~ π (B, D).  Yields (t, x_t) for t = T-1..0."""
-    q, p = kind
-    for t in range(s.T, 1, -1):
-        ts = torch.full((len(x),), t)
-        x = p(s, x, ts, *net(x, s.alpha_bar[ts])).sample()
-        yield t - 1, x
-    yield 0, q(x, s.alpha_bar[1]).sample()  # the forward step, its own reverse where x_1 ~ π
-
-# ---------------------------------------------------- the networks, and the data, whose densities are known
-
-class RollNet(MLP):
-    """x_t, ᾱ_t -> the mean and covariance of x_0 given x_t.  (B, 2), (B,) -> (B, 2), (B, 2, 2)
-
-    x̂_0 = √ᾱ x_t + √(1 - ᾱ) g,  S = (1 - ᾱ) L Lᵀ: with g = 0, L = I (a new network) this is right for N(0, I)
-    data, and K = L_null. The layers give g, which is -v of Salimans & Ho 2022, and the triangular L."""
-
-    def forward(self, xt, alpha_bar):
-        sigma2, log_snr = like(1 - alpha_bar, xt), like(alpha_bar.logit(), xt)
-        waves = (xt[..., None] * torch.arange(1, 17, device=xt.device)).flatten(1)  # (B, 32)
-        h = super().forward(torch.cat([xt, log_snr / 4, waves.sin(), waves.cos()], 1))
-        L = torch.stack([h[:, 2].exp(), 0 * h[:, 3], h[:, 3], h[:, 4].exp()], 1).reshape(-1, 2, 2)
-        return like(alpha_bar.sqrt(), xt) * xt + sigma2.sqrt() * h[:, :2], sigma2[..., None] * L @ L.mT
-
-class HeartbeatNet(MLP):
-    """evidence(x_t, ᾱ_t) -> the probabilities that the bits of x_0 are 1: the paper's MLP.  -> ((B, 20),)"""
-
-    def forward(self, xt, alpha_bar):
-        return super().forward(evidence(xt, alpha_bar).float() / 4).sigmoid().to(xt),  # a tuple of one
+# ------------------------------------------------------------------------ data whose probabilities are known
 
 HEARTBEATS = torch.eye(5, dtype=torch.float64).repeat(1, 4)  # all five of them: a 1 at every 5th of 20 bits
 
+def valid_share(x):
+    """The share of the sequences that are heartbeats, all 20 bits of them.  (N, 20) -> a number"""
+    same = (x[:, None] == HEARTBEATS).all(2)  # (N, 5)
+    return same.any(1).double().mean().item()
+
 def roll_density(noise):
     """scikit-learn's Swiss roll seen from above, standardised, as a mixture of n Gaussians along the spiral
-    (cos φ, sin φ) φ, φ uniform in [1.5π, 4.5π], closer to each other than they are wide.
+    (cos φ, sin φ) φ, φ uniform in [1.5π, 4.5π]. Their distances are smaller than their widths.
     -> centres (n, 2), their variances (2,), and the mean and deviation that standardised them (2,), (2,)"""
     n = max(200, int(140 / noise))
     phi = 1.5 * math.pi * (1 + 2 * (torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    m = torch.stack([phi * phi.cos(), phi * phi.sin()], 1)
-    mean, std = m.mean(0), (m.var(0, unbiased=False) + noise ** 2).sqrt()
-    return (m - mean) / std, (noise / std) ** 2, mean, std
+    spiral = torch.stack([phi * phi.cos(), phi * phi.sin()], 1)
+    mean = spiral.mean(0)
+    std = (spiral.var(0, unbiased=False) + noise ** 2).sqrt()
+    return (spiral - mean) / std, (noise / std) ** 2, mean, std
 
 def draw_roll(n, noise, seed):
-    """n points of the roll, standardised.  float32 (n, 2)"""
-    *_, mean, std = roll_density(noise)
-    x = torch.tensor(make_swiss_roll(n, noise=noise, random_state=seed)[0][:, [0, 2]])
-    return ((x - mean) / std).float()
+    """n points of the roll, standardised.  (n, 2)"""
+    _, _, mean, std = roll_density(noise)
+    points, _ = make_swiss_roll(n, noise=noise, random_state=seed)
+    return (torch.tensor(points[:, [0, 2]]) - mean) / std
 
 def exact_moments(density, xt, alpha_bar):
-    """What RollNet has to learn: the mean and covariance of x_0 given x_t, a mixture as well.  float64"""
-    m, v = density[:2]
-    xt, alpha_bar = xt.double(), alpha_bar[:, None]
+    """What RollNet has to learn: the mean and covariance of x_0 given x_t, which is a mixture as well."""
+    m, v, _, _ = density
     variance = alpha_bar * v + 1 - alpha_bar  # of x_t about √ᾱ m_j, (B, 2)
-    w = ((alpha_bar.sqrt() * xt / variance) @ m.T - (alpha_bar / variance) @ (m ** 2).T / 2).softmax(1)
-    mean, square = w @ m, w @ (m[:, :, None] * m[:, None]).flatten(1)  # w is p(j | x_t), (B, n)
-    C = square.reshape(-1, 2, 2) - mean[:, :, None] * mean[:, None]
-    a, b = (1 - alpha_bar) / variance, alpha_bar.sqrt() * v / variance  # x_0 | j, x_t: N(a m_j + b x_t, a v)
-    return a * mean + b * xt, a[:, :, None] * C * a[:, None] + torch.diag_embed(v * a)
+    log_w = (alpha_bar.sqrt() * xt / variance) @ m.T - (alpha_bar / variance) @ (m ** 2).T / 2
+    w = log_w.softmax(1)  # p(j | x_t), (B, n)
+    mean = w @ m
+    square = (w @ (m[:, :, None] * m[:, None]).flatten(1)).reshape(-1, 2, 2)
+    C = square - mean[:, :, None] * mean[:, None]  # covariance of the centres
+    a, b = (1 - alpha_bar) / variance, alpha_bar.sqrt() * v / variance  # x_0 | j, x_t ~ N(a m_j + b x_t, a v)
+    return a * mean + b * xt, a[:, :, None] * C * a[:, None] + torch.diag_embed(a * v)
 
 def negative_entropy(density):
     """-H(X) = E log q(x_0) in bits: the mean over the spiral of 7 x 7 Gauss-Hermite points about it."""
-    m, v = density[:2]
-    z, weight = map(torch.tensor, special.roots_hermitenorm(7))
-    c = m / v.sqrt()  # the centres, in units of the noise
-    nats = -(2 * math.pi * len(c) * v.prod().sqrt()).log()
-    for dz, w in zip(torch.cartesian_prod(z, z), torch.cartesian_prod(weight, weight).prod(1) / 2 / math.pi):
-        nats += w * (-torch.cdist(c[len(c) // 400::len(c) // 200] + dz, c) ** 2 / 2).logsumexp(1).mean()
-    return nats.item() / math.log(2)
-
-# --------------------------------------------------------------- training, evaluation, experiments, figures
+    m, v, _, _ = density
+    centres = m / v.sqrt()  # in units of the noise
+    some = centres[len(m) // 400::len(m) // 200]
+    z, weight = np.polynomial.hermite_e.hermegauss(7)
+    mean = 0.0
+    for i in range(7):
+        for j in range(7):
+            distance = torch.cdist(some + torch.tensor([z[i], z[j]]), centres)
+            mean += weight[i] * weight[j] / (2 * math.pi) * (-distance ** 2 / 2).logsumexp(1).mean()
+    return ((mean - torch.log(2 * math.pi * len(m) * v.prod().sqrt())) / math.log(2)).item()
 
 # Copied from ddpm_ho_2020.py
 def fail(message):
     """End the run on a user's mistake: one line, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)  # even if message has several
     sys.exit(2)
 
+def between(low, high=math.inf, kind=float):
+    """argparse's type for numbers from low to high, as --T and --lr are."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
+    return parse
+
+def open_device(name):
+    """The device called name, once it has done an addition: a card that is not there, or for which this torch
+    has no kernels, ends the run here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(2, device=device).add(1).sum().item()
+    except (RuntimeError, AssertionError) as e:
+        if "kernel image" in str(e):
+            e = "too old a card for this torch: pip install 'torch<2.8' 'torchvision<0.23'"
+        fail(f"--device {name}: {str(e).splitlines()[0]}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+def random_state(device):
+    """The state of the CPU's random numbers and of the device's own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()  # torch.cuda, torch.mps
+    return state
+
+def set_random_state(state, device):
+    """Back to what random_state has returned; on another kind of device, only the CPU's part."""
+    torch.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(state[device.type])
+
+def make_folder(out):
+    """The folder of a new run. If results of an earlier one are in it, it is kept under another name."""
+    try:
+        if (out / "checkpoint.pt").exists() or (out / "metrics.json").exists():
+            n = 1
+            while out.with_name(f"{out.name}-{n}").exists():
+                n += 1
+            print(f"the earlier {out} is now", out.rename(out.with_name(f"{out.name}-{n}")))
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--out {out}: {e}")
+
+def save(state, path):
+    """Write a checkpoint, then rename it: a run that is killed meanwhile leaves the last one whole."""
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:  # a full disk is either
+        fail(f"{path} could not be written and is as it was: {e}")
+
 def load_checkpoint(path):
-    """The dict that train saved. Exits with a message if it is not there, truncated, or of another script."""
+    """The dict that train has saved at path. Ends the run if it is missing, damaged or of another script."""
+    script = Path(__file__).stem
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert state["script"] == Path(__file__).stem, f"written by {state['script']}.py"
-        return state
-    except Exception as e:
-        fail(f"no checkpoint of {Path(__file__).name} at {path}: missing, truncated or another ({e!r:.60})")
+    except Exception as e:  # the bytes of a damaged file can lead anywhere
+        fail(f"no checkpoint of {script}.py at {path}: missing, truncated or another ({type(e).__name__})")
+    if not isinstance(state, dict) or state.get("script") != script or not PARTS <= state.keys():
+        fail(f"no checkpoint of {script}.py at {path}: it is of another script, or lacks a part")
+    return state
 
-def start_beta(schedule, T):
-    """β_1..β_T of --schedule; learned starts with the log-SNR evenly spaced from 16 to -6.  (T,)"""
-    alpha_bar = nn.functional.pad(torch.linspace(16, -6, T, dtype=torch.float64).sigmoid(), (1, 0), value=1)
-    return from_alpha_bar(alpha_bar)[1:] if schedule == "learned" else make_schedule(schedule, T).beta[1:]
+def run_from_shell():
+    """main(get_args()); what a user can cause is told in one line, in whatever encoding the console has."""
+    sys.stdout.reconfigure(errors="replace")
+    sys.stderr.reconfigure(errors="replace")
+    try:
+        main(get_args())
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C")
+    except OSError as e:  # no space left, no permission
+        fail(e)
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e):
+            fail("out of memory: a smaller --batch or --num-samples needs less")
+        raise
 
-def schedule_of(net):
-    """The Schedule of β_t = sigmoid(net.logits[t - 1]); if they learn, all but β_1 do: Sec. 2.4.1."""
-    return Schedule(nn.functional.pad(torch.cat([net.logits[:1].detach(), net.logits[1:]]).sigmoid(), (1, 0)))
+# ------------------------------------------------------------------------------- training and evaluation
+
+PARTS = {"config", "step", "seconds", "net", "optimizer", "random"}  # of a checkpoint
 
 def train(args, kind, net, data, path, state):
-    """Gradient ascent on K, from state (a checkpoint, or None) to args.steps, or Ctrl-C.  -> what it saved"""
+    """Train from state (a checkpoint, or None) to args.steps, or to Ctrl-C.  -> the last checkpoint"""
     opt = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), maximize=True)
-    if state:  # which holds all that the next step depends on
+    done, seconds, stop = 0, 0.0, threading.Event()
+    if state:  # it holds all that the next step depends on
         opt.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-    first, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
-    stop, start, saved = [], time.time(), time.time()
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    bar = tqdm(range(first + 1, args.steps + 1), "training", args.steps, initial=first, mininterval=1)
+        set_random_state(state["random"], data.device)
+        done, seconds = state["step"], state["seconds"]
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.set())  # Ctrl-C
+    start = saved = time.time()
+    bar = tqdm(range(done + 1, args.steps + 1), "training", args.steps, initial=done, mininterval=1)
     for step in bar:
         opt.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
-        x0 = data[torch.randint(len(data), (args.batch,))]
-        s = schedule_of(net)
-        kl, entropies = bound(kind, s, net, x0, torch.randint(2, s.T + 1, (args.batch,)))
-        K = (entropies - (s.T - 1) * kl).mean()  # one term of the sum each: an estimate without bias
-        opt.zero_grad()
-        K.backward()
-        if not nn.utils.clip_grad_norm_(net.parameters(), 100).isfinite():
-            raise ValueError
-        opt.step()
+        x0 = data[torch.randint(len(data), (args.batch,), device=data.device)]
+        try:
+            K = train_step(kind, net, opt, x0)
+        except FloatingPointError:
+            fail(f"the bound is no longer finite in step {step}: try a smaller --lr")
         bar.set_postfix(K=f"{K:.3f} bits", refresh=False)
-        if stop or step == args.steps or time.time() - saved > 60:
+        if step == done + 50:
+            left = (time.time() - start) / 50 * (args.steps - step)
+            tqdm.write(f"training takes another {tqdm.format_interval(left)} or so")
+        if stop.is_set() or step == args.steps or time.time() - saved > 60:
             saved = time.time()
             state = {"script": Path(__file__).stem, "config": vars(args), "step": step,
                      "seconds": seconds + saved - start, "net": net.state_dict(),
-                     "optimizer": opt.state_dict(), "rng": torch.get_rng_state()}
-            torch.save(state, f"{path}.tmp")  # a run killed while saving leaves the last checkpoint whole
-            Path(f"{path}.tmp").replace(path)
-        if stop:
-            print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
+                     "optimizer": opt.state_dict(), "random": random_state(data.device)}
+            save(state, path)
+        if stop.is_set():
+            tqdm.write(f"stopped at step {step} of {args.steps}; --resume goes on from here")
             break
     signal.signal(signal.SIGINT, handler)
     return state
 
+@torch.no_grad()
 def evaluate(kind, s, net, x0, seed=1):
-    """An estimate of K in bits for each x_0, and the bits that each step t = 2..T takes.  (B,), a list"""
+    """An estimate of K for each x_0, and the mean KL of each step t = 2..T, in bits.  (B,), (T-1,)"""
     torch.manual_seed(seed)
-    steps = []
-    for t in tqdm(range(2, s.T + 1), "bound", disable=s.T < 1000):
+    sum_of_kl, taken = torch.zeros_like(x0[:, 0]), []
+    for t in tqdm(range(2, s.T + 1), "bound", leave=False):
         kl, entropies = bound(kind, s, net, x0, torch.full((len(x0),), t))
-        steps.append(kl.double())
-    return entropies - sum(steps), [kl.mean().item() for kl in steps]
+        sum_of_kl = sum_of_kl + kl
+        taken.append(kl.mean())
+    return entropies - sum_of_kl, torch.stack(taken)
 
-def draw(path, rows):
-    """A table of pictures, each (title, points (n, 2)) or (title, points and arrows (n, 4))."""
-    fig = Figure(figsize=(3 * len(rows[0]), 3 * len(rows)), layout="constrained")
-    for ax, (title, xy) in zip(fig.subplots(len(rows), len(rows[0])).flat, sum(rows, [])):
-        ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
-        ax.quiver(*xy.T) if xy.shape[1] > 2 else ax.plot(*xy.T, "k,")
-    fig.savefig(path, dpi=70)
+# ---------------------------------------------------------------------------------- experiments and figures
 
-def roll_experiments(noise, out, s, net, held_out, K_steps):
-    """The ceilings, Fig. 1, the posteriors of Sec. 2.5, the score, their figures.  -> the numbers"""
-    density, T, x0 = roll_density(noise), s.T, held_out[:min(len(held_out) // 100, 1000)]
+def wasserstein(a, b):
+    """The Wasserstein-1 distance of points a and b in one coordinate, the larger of two.  (n, 2), (m, 2)"""
+    n = min(len(a), len(b))
+    return (a[:n].sort(0).values - b[:n].sort(0).values).abs().mean(0).max().item()
+
+def draw_table(path, titles, rows, marks):
+    """A table of pictures. rows: {name: list of points (n, 2) or arrows (n, 4)}; marks: lines, red, by row"""
+    fig = Figure(figsize=(8.5, 8.5 * len(rows) / len(titles)), layout="constrained")
+    table = fig.subplots(len(rows), len(titles), squeeze=False, sharex=True, sharey=True)
+    for axes, (name, pictures) in zip(table, rows.items()):
+        axes[0].set(ylabel=name, xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
+        for ax, points in zip(axes, pictures):
+            if points.shape[1] == 4:
+                ax.quiver(*points.T.numpy())
+            else:
+                ax.plot(*points.T.numpy(), "k.", ms=1)
+            ax.plot(*marks.get(name, ([], [])), "r+-", ms=14, lw=0.7, zorder=0)
+    for ax, title in zip(table[0], titles):
+        ax.set_title(title)
+    fig.savefig(path, dpi=100)
+
+def draw_bound(path, s, taken, lost, left, middle, right):
+    """β_t; the band of Eq. (24), with its left side as zero; the bits that the network loses.  (T-1,) each"""
+    t = range(2, s.T + 1)
+    fig = Figure(figsize=(8.5, 7), layout="constrained")
+    top, centre, bottom = fig.subplots(3, sharex=True, height_ratios=(2, 3, 2))
+    top.semilogy(t, s.beta[2:].numpy())
+    top.set_ylabel("β_t")
+    centre.fill_between(t, 0, right - left, color="0.85", label="where H_q(X_{t-1}|X_t) lies, Eq. (24)")
+    centre.plot(t, middle - left, "ko", label="entropy of p(x_{t-1}|x_t)")
+    centre.plot(t, taken.numpy(), label="bits that step t takes, Eq. (14)")
+    centre.set_ylabel("bits above H_q(X_{t-1}|X_t,X_0)")
+    centre.legend()
+    bottom.plot(t, lost.numpy())
+    bottom.set(xlabel="t", ylabel="bits lost by the network")
+    fig.savefig(path, dpi=100)
+
+def roll_experiments(noise, out, s, net, held_out, taken):
+    """The ceilings, Eq. (24), Fig. 1, the score, the posteriors of Sec. 2.5; their figures.  -> numbers"""
+    density, x0 = roll_density(noise), held_out[:min(len(held_out) // 100, 1000)]
     exact = partial(exact_moments, density)
-    K_exact, exact_steps = evaluate(GAUSSIAN, s, exact, x0)
-    lost = K_exact - evaluate(GAUSSIAN, s, net, x0)[0]  # of the same x_0 and x_t
-    metrics = {"ceiling_bits": negative_entropy(density), "network_loses_bits": lost.mean().item()}
-    ideal = {name: evaluate(GAUSSIAN, make_schedule(name, T), exact, x0)[0] for name in SCHEDULES}
-    metrics |= {f"K_ideal_bits_{name}": K.mean().item() for name, K in ideal.items()}
-    ax = Figure(figsize=(6, 4), layout="constrained").subplots(subplot_kw={"xlabel": "t"})
-    curves = torch.stack([s.beta[2:], torch.tensor(K_steps), torch.tensor(exact_steps)], 1)
-    ax.semilogy(range(2, T + 1), curves, label=["β_t", "bits lost at step t", "... with the true moments"])
-    ax.legend()
-    ax.figure.savefig(out / "bound.png", dpi=100)
+    K_exact, taken_exact = evaluate(GAUSSIAN, s, exact, x0)
+    K, taken_same = evaluate(GAUSSIAN, s, net, x0)  # the same x_t
+    metrics = {"ceiling_bits": negative_entropy(density), "network_loses_bits": (K_exact - K).mean().item()}
+    for name in SCHEDULES:
+        K_ideal, _ = evaluate(GAUSSIAN, make_schedule(name, s.T), exact, x0)
+        metrics[f"K_ideal_bits_{name}"] = K_ideal.mean().item()
+    some, entropies = held_out[:10_000], []
+    for t in range(2, s.T + 1):
+        left, middle, right = entropy_of_step(GAUSSIAN, s, net, some, torch.full((len(some),), t))
+        entropies.append([left.mean().item(), middle.mean().item(), right.mean().item()])
+    draw_bound(out / "bound.png", s, taken, taken_same - taken_exact, *np.array(entropies).T)
 
-    x, columns = torch.randn(2000, 2), []
-    p = {T: x} | dict(reverse(GAUSSIAN, s, net, x))
-    for t in (0, T // 4, T // 2, 3 * T // 4, T):
-        u = torch.full((len(x0),), max(t, 2))  # the first t that has an f_mu
-        xt, alpha_bar = s.q_sample(x0, u, torch.randn_like(x0)), s.alpha_bar[u]
-        drift = gaussian_p(s, xt, u, *net(xt, alpha_bar)).mean - xt
-        ours, true = (score(f(xt, alpha_bar)[0], xt, alpha_bar) for f in (net, exact))
-        metrics[f"score_error_t{u[0]}"] = ((ours - true).norm() / true.norm()).item()
-        q = s.q_sample(held_out[:2000], t, torch.randn(2000, 2))
-        fields = ("f_mu(x, t) - x", drift), ("∇ log q by f_mu", ours), ("∇ log q, exact", true)
-        fields = [(f"{name}, t = {u[0]}", torch.cat([xt, field], 1)[:300]) for name, field in fields]
-        columns += [[(f"q, t = {t}", q), (f"p, t = {t}", p[t]), *fields]]
-    draw(out / "swiss_roll.png", [list(row) for row in zip(*columns)])
+    xT = torch.randn(2000, 2, dtype=torch.float64)
+    samples = {s.T: xT} | dict(reverse(GAUSSIAN, s, net, xT))  # of p(x_t), by t
+    times = [max(2, s.T * quarter // 4) for quarter in range(5)]  # f_mu starts at t = 2: x_2 is nearly x_0
+    rows = {"q(x_t)": [], "p(x_t)": [], "∇ log q by f_mu": [], "∇ log q, exact": []}
+    for t in times:
+        rows["q(x_t)"].append(s.q_sample(held_out[:2000], t, torch.randn(2000, 2)))
+        rows["p(x_t)"].append(samples[t])
+        xt = s.q_sample(x0, t, torch.randn_like(x0))
+        alpha_bar = s.alpha_bar[t].expand(len(xt), 1)
+        ours = score(net(xt, alpha_bar)[0], xt, alpha_bar)
+        true = score(exact(xt, alpha_bar)[0], xt, alpha_bar)
+        rows["∇ log q by f_mu"].append(torch.cat([xt, ours], 1)[:200])
+        rows["∇ log q, exact"].append(torch.cat([xt, true], 1)[:200])
+        metrics[f"score_error_t{t}"] = ((ours - true).norm() / true.norm()).item()
+    draw_table(out / "swiss_roll.png", [f"t = {t}" for t in times], rows, {})
 
-    rows, y, roll = [], torch.tensor([0.5, -0.3]), draw_roll(2_000_000, noise, 1)
-    for task, precision in ("denoise", torch.tensor([4.0, 4.0])), ("inpaint", torch.tensor([1e4, 0.0])):
-        x = dict(reverse(GAUSSIAN, s, partial(given, net, y, precision), torch.randn(5000, 2)))[0]
-        accept = torch.rand(len(roll)) < (-precision * (y - roll) ** 2 / 2).sum(1).exp()  # rejection sampling
-        true, again = roll[accept][:10_000].chunk(2)
-        for name, points in ("", x), ("_floor", again), ("_without_r", p[0]):
-            metrics[f"{task}_distance{name}"] = max(map(stats.wasserstein_distance, points.T, true.T))
-        rows += [[(f"{task}: exact", true), (f"{task}: by reverse", x)]]
-    draw(out / "posteriors.png", rows)
+    y, precisions = torch.tensor([0.5, -0.3]).double(), torch.tensor([[4.0, 4.0], [1e4, 0.0]]).double()
+    many, rows = draw_roll(2_000_000, noise, 1), {}
+    for task, precision in zip(("denoise", "inpaint"), precisions):
+        r = (-precision * (y - many) ** 2 / 2).sum(1).exp()
+        accepted = torch.rand(len(many)) < r  # rejection sampling
+        true, again = many[accepted][:10_000].chunk(2)
+        start = torch.randn(5000, 2, dtype=torch.float64)
+        for _, xt in reverse(GAUSSIAN, s, partial(given, net, y, precision), start):
+            x = xt  # x_0 comes last
+        metrics[f"{task}_distance"] = wasserstein(x, true)
+        metrics[f"{task}_distance_floor"] = wasserstein(again, true)
+        metrics[f"{task}_distance_without_r"] = wasserstein(samples[0], true)
+        rows[task] = [samples[0], true[:2000], x[:2000]]
+    observed = {"denoise": ([0.5], [-0.3]), "inpaint": ([0.5, 0.5], [-3, 3])}  # all of y, y_1
+    draw_table(out / "posteriors.png", ["p alone", "exact posterior", "p, r in each step"], rows, observed)
 
     fig = Figure(figsize=(3, 3))
-    dots = fig.add_axes((0, 0, 1, 1), xlim=(-3, 3), ylim=(-3, 3)).scatter(*p[T].T, s=0.5, c="k")
-    frames = [*range(T, 0, -1 - T // 60), *[0] * 10]
-    FuncAnimation(fig, lambda t: dots.set_offsets(p[t]), frames).save(out / "reverse.gif", "pillow", 10)
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-3, 3), ylim=(-3, 3))
+    dots = ax.scatter(*xT.T.numpy(), s=0.5, c="k")
+    frames = [*range(s.T, 0, -1 - s.T // 60), *[0] * 10]
+    film = FuncAnimation(fig, lambda t: dots.set_offsets(samples[t].numpy()), frames)
+    film.save(out / "reverse.gif", "pillow", 10)
     return metrics
+
+def heartbeat_experiments(s, net, xT):
+    """Samples of the heartbeat, eight of them printed.  -> the numbers"""
+    for _, xt in tqdm(reverse(BINOMIAL, s, net, xT), "sampling", s.T):
+        x = xt  # x_0 comes last
+    for sequence in x[:8]:
+        print("".join("·█"[int(bit)] for bit in sequence))
+    return {"valid_share": valid_share(x), "true_bits_per_sequence": -math.log2(5)}
+
+# ------------------------------------------------------------------------------------------- flags and main
 
 PRESETS = {"swiss_roll": dict(T=40, schedule="learned", steps=6000, lr=4e-3, width=128, num_samples=100_000),
            "heartbeat": dict(T=2000, schedule="inverse", steps=8000, lr=1e-2, width=50, num_samples=10_000)}
-QUICK = dict(steps=100, batch=256, width=32, num_samples=2000)
+QUICK = {"swiss_roll": dict(steps=100, batch=256, width=32, num_samples=2000),
+         "heartbeat": dict(T=200, steps=200, batch=256, width=32, num_samples=2000)}
+OF_THIS_CALL = {"device", "out", "quick", "checkpoint", "resume"}  # not taken over from a checkpoint
 
 def get_args(argv=None):
-    """Flags, over the config in a checkpoint or else the preset of --data."""
-    p = argparse.ArgumentParser(description="No default shown: each --data has its own, in PRESETS.")
-    p.add_argument("--data", choices=PRESETS, default="swiss_roll")
-    p.add_argument("--out", default="runs/sohl_dickstein_2015-<data>", help="folder for all that is written")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu", help="default cpu: the networks are too small for a GPU")
+    """The flags. Their defaults are the checkpoint's settings, or those of --dataset and --quick."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = fail
+    p.add_argument("--dataset", choices=PRESETS, default="swiss_roll", help="what to learn")
+    p.add_argument("--out", help="folder for all that is written")
+    p.add_argument("--seed", type=between(0, 2 ** 31, int), default=0, help="of all random numbers")
+    p.add_argument("--device", default="cpu", help="for training; the networks are small")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
-    p.add_argument("--checkpoint", help="evaluate this file instead of training; needs no other flag")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--noise", type=float, default=0.02, help="of the roll (paper: not given)")
-    p.add_argument("--T", type=int, help="diffusion steps (paper: 40 for the roll, 2000)")
-    p.add_argument("--schedule", choices=["learned", *SCHEDULES], help="(paper: learned; inverse)")
-    p.add_argument("--steps", type=int, help="training steps")
-    p.add_argument("--batch", type=int, default=2048, help="examples a training step")
-    p.add_argument("--lr", type=float, help="Adam's learning rate")
-    p.add_argument("--num-samples", type=int, help="fresh data, of which K is a mean")
-    args = p.parse_args(argv)  # a first look, to see whose defaults to take
-    defaults = PRESETS[args.data] | (QUICK if args.quick else {})
-    if args.checkpoint or args.resume:
-        out = args.out.replace("<data>", args.data)
-        config = load_checkpoint(args.checkpoint or f"{out}/checkpoint.pt")["config"]
-        if args.schedule not in (None, config["schedule"]):
-            p.error(f"--schedule {args.schedule}: the checkpoint's is {config['schedule']}")
-        defaults = {k: config[k] for k in ("data", "noise", "seed", "batch", *defaults)}
-    p.set_defaults(**defaults)
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", help="evaluate this file instead of training; needs no other flag")
+    source.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--noise", type=between(0.005, 9), default=0.02, help="of the roll (paper: unsaid)")
+    p.add_argument("--T", type=between(2, kind=int), help="diffusion steps (paper: 40; 2000)")
+    p.add_argument("--schedule", choices=["learned", *SCHEDULES], help="of β (paper: learned; inverse)")
+    p.add_argument("--steps", type=between(1, kind=int), help="training steps")
+    p.add_argument("--batch", type=between(1, kind=int), default=2048, help="examples per training step")
+    p.add_argument("--lr", type=between(1e-12), help="Adam's learning rate, which decays to 0")
+    p.add_argument("--num-samples", type=between(2000, kind=int), help="fresh data, of which K is a mean")
+
+    argv = sys.argv[1:] if argv is None else argv
+    args = p.parse_args([word for word in argv if word not in ("-h", "--help")])  # whose defaults to take?
+    config = {"dataset": args.dataset} | PRESETS[args.dataset]
+    out = f"runs/{Path(__file__).stem}-{args.dataset}"
+    if args.quick:
+        config, out = config | QUICK[args.dataset], f"{out}-quick"
+    path = args.checkpoint
+    if args.resume:
+        path = Path(args.out or out) / "checkpoint.pt"
+    if path:
+        saved = load_checkpoint(path)["config"]
+        if args.schedule not in (None, saved["schedule"]):
+            fail(f"--schedule {args.schedule}: the checkpoint's is {saved['schedule']}")
+        config = {name: value for name, value in saved.items() if name not in OF_THIS_CALL}
+    if args.checkpoint:
+        out = f"runs/{Path(__file__).stem}-{config['dataset']}-samples"
+    p.set_defaults(out=out, **config)
     args = p.parse_args(argv)
-    args.out = args.out.replace("<data>", args.data)
-    if args.data == "heartbeat" and args.schedule == "learned":
-        p.error("--schedule learned is for the roll: noise on bits cannot be frozen (Sec. 2.4.1)")
-    if min(args.steps, args.batch, args.T - 1, args.num_samples - 1999, args.seed + 1, args.noise * 200) < 1:
-        p.error("--steps, --batch must be at least 1, --T 2, --num-samples 2000, --seed 0, --noise 0.005")
+    if args.dataset == "heartbeat" and args.schedule == "learned":
+        fail("--schedule learned is for the roll: noise on bits cannot be frozen (Sec. 2.4.1)")
     return args
 
 def main(args):
     """Train (or load), evaluate, draw; writes it all into args.out and returns the numbers."""
-    begin, out, roll = time.time(), Path(args.out), args.data == "swiss_roll"
-    path, kind = out / "checkpoint.pt", GAUSSIAN if roll else BINOMIAL
-    state = load_checkpoint(args.checkpoint or path) if args.checkpoint or args.resume else None
+    begin, out, device, state = time.time(), Path(args.out), open_device(args.device), None
+    if device.type == "mps":
+        fail("--device mps: it has no float64, which 1 - ᾱ_1 = 1e-7 needs; take cpu")
+    if args.checkpoint or args.resume:
+        state = load_checkpoint(args.checkpoint or out / "checkpoint.pt")
     torch.manual_seed(args.seed)
-    net = (RollNet(67, [args.width] * 4 + [5], activation_layer=nn.SiLU) if roll else
-           HeartbeatNet(20, [args.width] * 3 + [20], activation_layer=nn.Sigmoid))
-    for parameter in net[-2].parameters():  # the last layer (MLP ends in a Dropout of 0) starts at 0
-        nn.init.zeros_(parameter)
-    net.logits = nn.Parameter(start_beta(args.schedule, args.T).logit(), args.schedule == "learned")
-    try:
-        if state:
-            net.load_state_dict(state["net"])
-        net.to(args.device)
-        out.mkdir(parents=True, exist_ok=True)
-        if not args.checkpoint:
-            if not args.resume and path.exists():
-                print("earlier run kept as", path.rename(out / f"checkpoint-{path.stat().st_mtime_ns}.pt"))
-            data = draw_roll(400_000, args.noise, args.seed + 1) if roll else HEARTBEATS
-            state = train(args, kind, net, data.to(args.device), path, state)
-        s = schedule_of(net.cpu().requires_grad_(False))
-    except (ValueError, torch.linalg.LinAlgError):  # p's parameters are not numbers
-        fail("the bound is no longer finite: try a smaller --lr")
-    except (OSError, RuntimeError, AssertionError, TypeError) as e:  # folder, device, checkpoint
-        fail(" ".join(str(e).split())[:500] or repr(e))
-
-    torch.manual_seed(args.seed)
-    n = args.num_samples
-    held_out = draw_roll(n, args.noise, args.seed + 2) if roll else HEARTBEATS[torch.randint(5, (n,))]
-    K, K_steps = evaluate(kind, s, net, held_out, args.seed + 1)
-    metrics = {"script": "sohl_dickstein_2015", "dataset": args.data, "seed": args.seed,
-               "device": args.device, "torch": torch.__version__, "steps": state["step"],
-               "params": sum(p.numel() for p in net.parameters()), "seconds_train": state["seconds"]}
-    if roll:
-        metrics |= roll_experiments(args.noise, out, s, net, held_out, K_steps)
+    beta = start_beta(args.schedule, args.T)
+    if args.dataset == "swiss_roll":
+        kind, net = GAUSSIAN, RollNet(beta, args.schedule == "learned", args.width)
+        data = draw_roll(400_000, args.noise, args.seed + 1)
+        held_out = draw_roll(args.num_samples, args.noise, args.seed + 2)
     else:
-        noise = binomial_q(held_out, s.beta[0]).sample()
-        _, x = min(tqdm(reverse(kind, s, net, noise), "sampling", args.T))  # the smallest t: 0
-        valid = (x[:, None] == HEARTBEATS).all(2).any(1)
-        metrics |= {"valid_share": valid.double().mean().item(), "true_bits_per_sequence": -math.log2(5)}
-        print(*("".join("·█"[int(bit)] for bit in row) for row in x[:8]), sep="\n")
-    L_null = -kind[0](held_out, s.beta[0]).entropy().mean().item() / math.log(2)
-    metrics |= {"K_minus_L_null_bits": K.mean().item() - L_null, "K_stderr_bits": K.std().item() / n ** 0.5,
-                "K_bits" if roll else "K_bits_per_sequence": K.mean().item(), "L_null_bits": L_null,
-                "paper's K, K - L_null": "2.35, 6.45" if roll else "-2.414, 12.024"}
+        kind, net, data = BINOMIAL, HeartbeatNet(beta, args.width), HEARTBEATS
+        held_out = HEARTBEATS[torch.arange(args.num_samples) % 5]
+    if state:
+        try:
+            net.load_state_dict(state["net"])
+        except RuntimeError as e:
+            fail(f"the checkpoint is not of this network: {e}")
+    params = sum(parameter.numel() for parameter in net.parameters())
+    print(f"{args.dataset} of {len(data)} examples, on {device}; a network of {params} parameters; "
+          f"T = {args.T}, schedule {args.schedule}")
+    print(f"{args.steps} steps of {args.batch} examples, lr {args.lr}; K over {args.num_samples} fresh ones; "
+          f"results in {out}")
+    if not args.resume:
+        make_folder(out)
+    if not args.checkpoint:
+        state = train(args, kind, net.to(device), data.to(device), out / "checkpoint.pt", state)
+
+    s = schedule_of(net.cpu().requires_grad_(False))
+    K, taken = evaluate(kind, s, net, held_out, args.seed + 1)
+    q, _, _ = kind
+    pi = q(held_out, NO_SIGNAL)
+    metrics = {"script": Path(__file__).stem, "dataset": args.dataset, "seed": args.seed,
+               "device": args.device, "torch": torch.__version__, "steps": state["step"], "params": params,
+               "seconds_train": state["seconds"]}
+    if args.dataset == "swiss_roll":
+        metrics |= roll_experiments(args.noise, out, s, net, held_out, taken)
+        name_of_K, of_paper = "K_bits", "2.35, 6.45"
+    else:
+        metrics |= heartbeat_experiments(s, net, pi.sample())
+        name_of_K, of_paper = "K_bits_per_sequence", "-2.414, 12.024"
+    K_bits, L_null = K.mean().item(), -pi.entropy().mean().item() / math.log(2)
+    metrics |= {"K_minus_L_null_bits": K_bits - L_null, "K_stderr_bits": K.std().item() / len(K) ** 0.5,
+                name_of_K: K_bits, "L_null_bits": L_null, "paper's K, K - L_null": of_paper}
     for name, value in metrics.items():
-        print(f"{name:<28}{value:.4f}" if isinstance(value, float) else f"{name:<28}{value}")
-    metrics |= {"config": vars(args), "KL_bits_of_step": K_steps, "seconds_total": time.time() - begin}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        if isinstance(value, float):
+            value = f"{value:.4f}"
+        print(f"{name:<28}{value}")
+    metrics |= {"config": vars(args), "KL_bits_of_step": taken.tolist(), "seconds_total": time.time() - begin}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    print("written to", out, "are", ", ".join(sorted(file.name for file in out.iterdir())))
+    if not args.checkpoint:
+        command = f"python {Path(__file__).name}"
+        print(f"go on with: {command} --checkpoint {out}/checkpoint.pt")
+        print(f"        or: {command} --resume --out {out} --steps {2 * args.steps}")
     return metrics
 
 if __name__ == "__main__":
-    main(get_args())
+    run_from_shell()
