@@ -689,6 +689,7 @@ def train(args, net, ema, s, images, labels, train_step, loss, look, path, run):
         if rank == 0 and (stop.is_set() or step == args.steps or time.time() - saved > 60):
             finite = [v.isfinite().all().item() for v in (losses[:step], *net.parameters())]
             if not all(finite):
+                bar.close()
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as it was")
             saved = time.time()
             run |= {"step": step, "seconds": saved - start, "losses": losses[:step].cpu(),
@@ -707,6 +708,11 @@ def leave_torchrun():
         torch.distributed.destroy_process_group()
     if int(os.environ.get("RANK", 0)) > 0:
         sys.exit()
+
+def portions(n, device):
+    """n images as numbers of images to draw at once: 50, which a CPU's cache holds, or 500.  -> list"""
+    at_once = 50 if device == "cpu" else 500
+    return [min(at_once, n - i) for i in range(0, n, at_once)]
 
 @torch.no_grad()
 def sample(parts, s, args, image_shape, show=True):
@@ -802,12 +808,11 @@ PRESETS = {  # what differs from the flags' defaults, which are Ho et al. 2020's
     "cifar10": dict(sampling_steps=250),
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
-QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=5)
+QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=5, image_size=[32, 32])
 PARTS = {"script", "config", "image_shape", "names", "step", "seconds", "losses", "ema"}  # of a checkpoint
 ONCE = "checkpoint resume out device bf16 quick num_samples classes w compile".split()  # not kept in it
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
 KINDS = ["free", "classifier", "both"]
-AT_ONCE = 250  # images per network call in sampling
 
 # Copied from ddpm_ho_2020.py
 def between(low, high=math.inf, kind=float):
@@ -822,6 +827,8 @@ def between(low, high=math.inf, kind=float):
 def image_size(text):
     """64 -> [64, 64], 48x64 -> [48, 64]: height, width."""
     sides = [between(1, kind=int)(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is not a size, as 64 or 48x64")
     return [sides[0], sides[-1]]
 
 def open_device(name):
@@ -833,7 +840,7 @@ def open_device(name):
     except (RuntimeError, AssertionError) as e:
         if "kernel image" in str(e):
             e = "too old a card for this torch: pip install 'torch<2.8' 'torchvision<0.23'"
-        fail(f"--device {name}: {str(e).splitlines()[0]}")
+        fail(f"--device {name}: {str(e).split('. ')[0]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -848,7 +855,7 @@ def add_flags(p):
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
     p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64 or 48x64")
     p.add_argument("--out", help="folder for all that is written")
-    p.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the samples")
+    p.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of weights, batches, samples")
     p.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps")
     p.add_argument("--bf16", action=yes_no, help="compute in bfloat16, as GPUs since 2020 can")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
@@ -906,13 +913,19 @@ def read_flags(p, argv):
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     p.set_defaults(**{"out": out, "bf16": bf16} | defaults)
     args = p.parse_args(argv)
+    if given.attention is None:  # the preset's sizes, where the levels of this network have them
+        side = {"digits": 8, "mnist": 28, "cifar10": 32}.get(dataset, min(args.image_size))
+        sizes = [side // 2 ** level for level in range(len(args.multipliers))]
+        args.attention = [size for size in args.attention if size in sizes]
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.channels % 4 or args.batch % world:
         fail(f"--channels must be a multiple of 4, --batch of {world}, the number of processes")
     return args
 
-def describe(args, net, run, real):
-    """Two lines that say what a run is about to do."""
+def announce(args, net, run, real):
+    """Two lines that say what a run is about to do, then its folder; for torchrun, by the first process."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     images = f"{args.dataset}, {'x'.join(str(n) for n in run['image_shape'])}"
     plan = f"weights after {run['step']} steps"
     if real is not None:
@@ -926,6 +939,8 @@ def describe(args, net, run, real):
     print(f"{images}; {params:.2f} M parameters, {args.device}, {precision}")
     print(f"{plan}; {args.num_samples} samples by {args.sampler} in {min(args.sampling_steps, args.T)} steps;"
           f" results go to {args.out}", flush=True)
+    if not args.resume:
+        make_folder(Path(args.out))
 
 def finish(args, run, net, metrics, begin):
     """Keep and print the numbers, say what was written and how to go on.  -> the numbers"""
@@ -1020,9 +1035,7 @@ def main(args):
             classifier_run = load_checkpoint(classifier_path)
         classifier_net, classifier = networks(lambda: make_classifier(args, shape, K), classifier_run, args)
     s = make_schedule(args.schedule, args.T).to(args.device)
-    describe(args, net, run, real)
-    if not args.resume and int(os.environ.get("RANK", 0)) == 0:
-        make_folder(out)
+    announce(args, net, run, real)
     if not args.checkpoint:
         def look():
             y = torch.arange(16, device=args.device) % K
@@ -1051,7 +1064,9 @@ def main(args):
     n = 20 if max(len(name) for name in names) < 9 else 8  # columns in the figure
     rows = [] if real is None else [("data", examples(real, y[:n]))]
     for kind, w in todo:
-        parts = [(guide(kind, ema, classifier, s, part, K, w), len(part)) for part in y.split(AT_ONCE)]
+        parts = []
+        for some in y.split(portions(len(y), args.device)):
+            parts.append((guide(kind, ema, classifier, s, some, K, w), len(some)))
         images, _ = sample(parts, s, args, shape)
         row = {"w": w}
         if judge is not None:

@@ -710,6 +710,7 @@ def train(args, net, ema, s, images, labels, train_step, loss, look, path, run):
         if rank == 0 and (stop.is_set() or step == args.steps or time.time() - saved > 60):
             finite = [v.isfinite().all().item() for v in (losses[:step], *net.parameters())]
             if not all(finite):
+                bar.close()
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as it was")
             saved = time.time()
             run |= {"step": step, "seconds": saved - start, "losses": losses[:step].cpu(),
@@ -728,6 +729,11 @@ def leave_torchrun():
         torch.distributed.destroy_process_group()
     if int(os.environ.get("RANK", 0)) > 0:
         sys.exit()
+
+def portions(n, device):
+    """n images as numbers of images to draw at once: 50, which a CPU's cache holds, or 500.  -> list"""
+    at_once = 50 if device == "cpu" else 500
+    return [min(at_once, n - i) for i in range(0, n, at_once)]
 
 @torch.no_grad()
 def sample(parts, s, args, image_shape, show=True):
@@ -874,11 +880,10 @@ PRESETS = {  # what differs from the flags' defaults, which are the paper's for 
     "cifar10": {},
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
-QUICK = dict(channels=16, steps=30, num_samples=100, sampling_steps=10)
+QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10, image_size=[32, 32])
 PARTS = {"script", "config", "image_shape", "names", "step", "seconds", "losses", "ema"}  # of a checkpoint
 ONCE = "checkpoint resume out device bf16 quick num_samples experiments compile".split()  # not kept in it
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "langevin": langevin_sample}
-AT_ONCE = 250  # images per network call in sampling
 
 # Both image scripts take these.
 def between(low, high=math.inf, kind=float):
@@ -893,6 +898,8 @@ def between(low, high=math.inf, kind=float):
 def image_size(text):
     """64 -> [64, 64], 48x64 -> [48, 64]: height, width."""
     sides = [between(1, kind=int)(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is not a size, as 64 or 48x64")
     return [sides[0], sides[-1]]
 
 def open_device(name):
@@ -904,7 +911,7 @@ def open_device(name):
     except (RuntimeError, AssertionError) as e:
         if "kernel image" in str(e):
             e = "too old a card for this torch: pip install 'torch<2.8' 'torchvision<0.23'"
-        fail(f"--device {name}: {str(e).splitlines()[0]}")
+        fail(f"--device {name}: {str(e).split('. ')[0]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -919,7 +926,7 @@ def add_flags(p):
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
     p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64 or 48x64")
     p.add_argument("--out", help="folder for all that is written")
-    p.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the samples")
+    p.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of weights, batches, samples")
     p.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps")
     p.add_argument("--bf16", action=yes_no, help="compute in bfloat16, as GPUs since 2020 can")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
@@ -977,13 +984,19 @@ def read_flags(p, argv):
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     p.set_defaults(**{"out": out, "bf16": bf16} | defaults)
     args = p.parse_args(argv)
+    if given.attention is None:  # the preset's sizes, where the levels of this network have them
+        side = {"digits": 8, "mnist": 28, "cifar10": 32}.get(dataset, min(args.image_size))
+        sizes = [side // 2 ** level for level in range(len(args.multipliers))]
+        args.attention = [size for size in args.attention if size in sizes]
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.channels % 4 or args.batch % world:
         fail(f"--channels must be a multiple of 4, --batch of {world}, the number of processes")
     return args
 
-def describe(args, net, run, real):
-    """Two lines that say what a run is about to do."""
+def announce(args, net, run, real):
+    """Two lines that say what a run is about to do, then its folder; for torchrun, by the first process."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     images = f"{args.dataset}, {'x'.join(str(n) for n in run['image_shape'])}"
     plan = f"weights after {run['step']} steps"
     if real is not None:
@@ -997,6 +1010,8 @@ def describe(args, net, run, real):
     print(f"{images}; {params:.2f} M parameters, {args.device}, {precision}")
     print(f"{plan}; {args.num_samples} samples by {args.sampler} in {min(args.sampling_steps, args.T)} steps;"
           f" results go to {args.out}", flush=True)
+    if not args.resume:
+        make_folder(Path(args.out))
 
 def finish(args, run, net, metrics, begin):
     """Keep and print the numbers, say what was written and how to go on.  -> the numbers"""
@@ -1066,9 +1081,7 @@ def main(args):
     net, ema = networks(lambda: make_eps_theta(args, shape), run, args)
     s = make_schedule(args.schedule, args.T).to(args.device)
     eps_theta = as_eps_theta(ema, s, args.predict)
-    describe(args, net, run, real)
-    if not args.resume and int(os.environ.get("RANK", 0)) == 0:
-        make_folder(out)
+    announce(args, net, run, real)
     if not args.checkpoint:
         def look():
             return sample([(eps_theta, 16)], s, args, shape, show=False)[0]
@@ -1077,8 +1090,8 @@ def main(args):
         save_weights(run, out / "weights.pt")
 
     drawn = time.time()
-    sizes = [min(AT_ONCE, args.num_samples - i) for i in range(0, args.num_samples, AT_ONCE)]
-    samples, frames = sample([(eps_theta, n) for n in sizes], s, args, shape)
+    parts = [(eps_theta, n) for n in portions(args.num_samples, args.device)]
+    samples, frames = sample(parts, s, args, shape)
     metrics, shown = {"seconds_sample": time.time() - drawn}, None
     if real is not None:
         (shown, labels), held_out, names = real

@@ -336,7 +336,7 @@ def open_device(name):
     except (RuntimeError, AssertionError) as e:
         if "kernel image" in str(e):
             e = "too old a card for this torch: pip install 'torch<2.8' 'torchvision<0.23'"
-        fail(f"--device {name}: {str(e).splitlines()[0]}")
+        fail(f"--device {name}: {str(e).split('. ')[0]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
