@@ -11,8 +11,8 @@ predictions points towards "more like class y", and w says how far to go.
 EXPECT
 Differs from the paper:
   - Ho et al. 2020's T steps and linear schedule, not a log-SNR λ in [-20, 20] drawn in continuous time.
-  - Its ancestral sampler interpolates the variance (v = 0.3, 0.2), ours has β_t or β̃_t. Digits are drawn by
-    DDIM in 50 steps; the paper takes more. w = -1, ε_θ(x_t, t, ∅) alone, is drawn too.
+  - Ho et al. 2020's β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2). Digits are drawn by
+    DDIM in 50 steps; the paper takes more. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
   - Ho et al. 2020's U-Net, smaller, not Dhariwal & Nichol's. Their classifier pools by attention at 8x8; ours
     takes the mean, and is half as wide as the U-Net.
   - From ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up, x̂_0
@@ -102,9 +102,9 @@ def guided(eps_theta, y, null, w):
 def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=False):
     """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t).  Sec. 3.1; Dhariwal & Nichol 2021.
 
-    As ∇ log p(x_t) = -ε / √(1 - ᾱ_t), the score is ∇ log p(x_t) + (1 + w) ∇ log p(y | x_t): by Bayes' rule
-    that of Eq. (6) if all are exact. With conditional=True, which Dhariwal & Nichol found better, it starts
-    from ε_θ(x_t, t, y); the scale is w, as Bayes' rule has put one ∇ log p(y | x_t) into ε_θ already.
+    As ∇ log p(x_t) ≈ -ε_θ(x_t, t, ∅) / √(1 - ᾱ_t), this follows ∇ log p(x_t) + (1 + w) ∇ log p(y | x_t), the
+    score in Eq. (6) if all are exact. conditional=True, which Dhariwal & Nichol found better, starts from
+    ε_θ(x_t, t, y), which holds one ∇ log p(y | x_t) already: its scale is w.
     Their Algorithm 2 is this for DDIM. In ddpm_sample, unclipped, it shifts μ_θ by (1 + w) β_t / √α_t
     ∇ log p(y | x_t): up to the factor 1 / √α_t the shift by Σ ∇ log p of their Algorithm 1.
     classifier: any callable (x, t) -> logits (B, K) with a gradient in x.   -> callable (x, t)"""
@@ -128,14 +128,14 @@ def l_classifier(net, s, x0, t, eps, y):
     """E -log p(y | x_t): a classifier that is to guide has to know noised images, and t.  -> ()"""
     return F.cross_entropy(net(s.q_sample(x0, t, eps), t), y)
 
-# ------------------------------------------------------------------ the samplers, which take any ε, this too
+# ------------------------------------------------------------ the samplers: they take any ε_θ, guided or not
 
 # Copied from ddpm_ho_2020.py
 def predict_x0(s, xt, t, eps_hat, clip=True):
     """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).
 
     Near t = T this divides by almost 0: a small error of ε̂ throws x̂_0 far out of the data's range. The clip
-    brings it back. It matters most in few steps; over all T, Eq. (11) damps that error."""
+    brings it back. It matters most in few steps: with all T, x̂_0 has a small factor in μ̃_t near T."""
     x0_hat = (xt - extract((1 - s.alpha_bar).sqrt(), t, xt) * eps_hat) / extract(s.alpha_bar.sqrt(), t, xt)
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
@@ -529,8 +529,8 @@ def evaluate(images, y, judge, f_held):
     return {"frechet": frechet_distance(f, f_held)} | class_scores(log_p, y.cpu())
 
 def judge_of(real, y, K, args):
-    """-> the judge, its features of the held-out images of the classes y, which were asked for, and what it
-    says of real images. Too few samples or images for a covariance of 64 features: None, None, {}."""
+    """The judge, its features of held-out images of the classes in y, and its scores of real images.
+    Too few samples or images for a covariance of 64 features: None, None, {}."""
     (images, labels), (held_out, held_labels), _ = real
     shown, held = torch.isin(labels, y), torch.isin(held_labels, y)
     if min(len(y), held.sum()) <= 64:
@@ -996,7 +996,7 @@ def get_args(argv=None):
     return read_flags(p, argv)
 
 def possible(kind, w, p_uncond):
-    """Not if it needs ε(x, t, ∅) and p_uncond = 0 never showed ∅, or a label and p_uncond = 1 showed none."""
+    """Whether the network was shown what (kind, w) needs: ∅ if p_uncond > 0, labels if p_uncond < 1."""
     needs_null = kind == "classifier" or (kind == "free" and w != 0)
     needs_label = kind == "both" or (kind == "free" and w != -1)
     if p_uncond == 0:

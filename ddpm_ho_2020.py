@@ -70,7 +70,7 @@ def predict_x0(s, xt, t, eps_hat, clip=True):
     """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).
 
     Near t = T this divides by almost 0: a small error of ε̂ throws x̂_0 far out of the data's range. The clip
-    brings it back. It matters most in few steps; over all T, Eq. (11) damps that error."""
+    brings it back. It matters most in few steps: with all T, x̂_0 has a small factor in μ̃_t near T."""
     x0_hat = (xt - extract((1 - s.alpha_bar).sqrt(), t, xt) * eps_hat) / extract(s.alpha_bar.sqrt(), t, xt)
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)

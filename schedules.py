@@ -1,4 +1,4 @@
-"""Noise schedules and the forward process q of a diffusion model: everything that has no learned parameter.
+"""Noise schedules, and q, the forward process of a diffusion model. Its β may be fixed or learned.
 
 The forward process adds Gaussian noise in T small steps, or in one jump (Ho et al. 2020, Eqs. (2), (4)):
     q(x_t | x_{t-1}) = N(√(1 - β_t) x_{t-1}, β_t I),   t = 1..T
@@ -80,8 +80,8 @@ def geometric(T):
 
 @schedule
 def inverse(T):
-    """β_t = 1 / (T - t + 1): ᾱ_t = 1 - t/T, each step takes 1/T of the signal's power.  Sohl-Dickstein et al.
-    2015, Sec. 2.4.1, for binomial diffusion. There β_T = 1; here 0.999, as a Gaussian needs β < 1."""
+    """β_t = 1 / (T - t + 1): ᾱ_t = 1 - t/T, the signal of bits, loses 1/T per step.  Sohl-Dickstein et al.
+    2015, Sec. 2.4.1, for binomial diffusion. There β_T = 1; here 0.999, as x̂_0 from ε divides by √ᾱ_T."""
     return from_alpha_bar(1 - time(T))
 
 def extract(table, t, x):

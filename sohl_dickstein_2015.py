@@ -1,35 +1,39 @@
 """Deep Unsupervised Learning using Nonequilibrium Thermodynamics. Sohl-Dickstein et al., arXiv 1503.03585.
 
-One idea: destroy the structure of data by T small steps of noise, q. Undoing one step is nearly as simple as
-the step itself, so a network can learn it, p. The chain of these steps turns noise into data. Training
-maximises a bound on the mean log-likelihood in which every term has a closed form, Eq. (14):
+One idea: destroy the structure of data by T small steps of noise, q. The reverse of a small step has the same
+form, Gaussian or binomial (Sec. 2.2), so a network need only learn its parameters: p. Training maximises a
+bound on the mean log-likelihood in which every term has a closed form, Eq. (14):
 
     K = - Σ_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
-The step t = 1 has nothing to learn. It is the forward step, reversed under the noise's own distribution π:
-that removes the edge effect, App. B.2, Eq. (44).
+The last step, p(x_0 | x_1), is not learned: it is the forward step with β_1, App. B.2, Eq. (44). Eq. (14)
+holds if -E log π(x_t) = H_p(X_T) for all t. For this the roll is standardised, and ρ is the data's rate.
 
     python sohl_dickstein_2015.py                             # Swiss roll, T = 40, β learned
     python sohl_dickstein_2015.py --dataset heartbeat         # binary sequences, T = 2000
     python sohl_dickstein_2015.py --checkpoint runs/sohl_dickstein_2015-swiss_roll/checkpoint.pt
 
-Expect, on two CPU cores, seed 0: K = 2.60 ± 0.01 bits in 2 minutes; 2.70 is possible, and the paper has 2.35
-for its roll. Heartbeat: K = -2.37 bits in 2 minutes (possible -2.32, paper -2.41), 99 % of samples valid.
+Expect, on two CPU cores, seed 0: K = 2.60 ± 0.01 bits in 2 minutes (ceiling -H(X_0) = 2.70; paper 2.35, for
+its own roll). Heartbeat: K = -2.37 bits in 2 minutes (ceiling -2.32, paper -2.41), 99 % of samples valid.
 
 Differs from the paper:
-  - The network is given ᾱ_t, not t. It says what x_0 may be: the mean and covariance or, of bits, the
-    probabilities. q's closed form makes f_mu, f_sigma, f_b of that. The paper's gives these itself, by one
-    readout per t, with a sigmoid on the roll's diagonal f_sigma. Ours has one for all t; f_sigma is full.
-  - Roll: an MLP on x_t and sines of it, not 16 radial basis functions. The paper does not say how noisy its
-    roll is, and K depends on that: hold K against the ceiling.
-  - Heartbeat: the three sigmoid layers of 50 are the paper's, but they get each bit's evidence, not the bits.
-  - Posteriors: the r(x_t) that is exact where p(x_0 | x_t) is Gaussian, not the same r for all t, Eq. (23).
+  - The network gets ᾱ_t, not t, and predicts the mean and covariance of x_0 or, for bits, P(x_0 = 1); f_mu,
+    f_sigma and f_b follow from q. The paper's predicts these directly, with one readout layer per t and a
+    diagonal f_sigma, below 1 by a sigmoid. Ours has one readout layer and a full f_sigma.
+  - Roll: an MLP on x_t and sines of it, not 16 radial basis functions; standardised per coordinate, not by
+    one constant. The paper does not give its roll's noise, on which K depends: compare K with the ceiling.
+    The figure's arrows are scores, where Fig. 1 has the drift f_mu(x_t, t) - x_t.
+  - Heartbeat: the paper's three sigmoid layers of 50, but they get each bit's evidence, not the bits; β_T is
+    0.999, not 1.
+  - Posteriors: r(x_t) = E[r(x_0) | x_t] as if p(x_0 | x_t) were Gaussian, not r(x_0) at every t, Eq. (23);
+    x_T is drawn from π alone.
   - Adam, its rate decayed to 0, gradients clipped at 100; the paper has SFO, a quasi-Newton method.
 
 Shapes: B batch, D dimensions of x (2 of the roll, 20 of the heartbeat); t (B,), and so ᾱ_t by extract (B, 1).
 All is float64, since 1 - ᾱ_1 is 1e-7; only the networks' layers are float32.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -37,8 +41,8 @@ from torch.distributions import Bernoulli, Independent, MultivariateNormal, kl_d
 
 from schedules import SCHEDULES, Schedule, extract, from_alpha_bar, make_schedule
 
-RHO = 0.2  # rate of the noise on bits, App. D.1.2 (Table App.1: 0.5). The data's, so that -E log π = H_p(X_T)
-NO_SIGNAL = torch.tensor(0.0, dtype=torch.float64)  # with it for ᾱ_t, q(x_t | x_0) is π, the noise itself
+RHO = 0.2  # P(a bit is 1) under π and in the data, App. D.1.2 (Table App.1 has 0.5)
+NO_SIGNAL = torch.tensor(0.0, dtype=torch.float64)  # ᾱ = 0: q(x_t | x_0) is then π
 
 # -------------------------------------------------- Sec. 2.1, Table App.1: the forward process, q(x_t | x_0)
 
@@ -48,19 +52,19 @@ def gaussian_q(x0, alpha_bar):
     std = (1 - alpha_bar).sqrt() * torch.ones_like(x0)
     return MultivariateNormal(alpha_bar.sqrt() * x0, scale_tril=torch.diag_embed(std), validate_args=False)
 
-def bits(rate):
+def bernoulli(rate):
     """B(rate): D independent bits, each 1 with its own probability.  rate (B, D)"""
     return Independent(Bernoulli(rate, validate_args=False), 1)
 
 def binomial_q(x0, alpha_bar):
     """q(x_t | x_0) = B(ᾱ_t x_0 + (1 - ᾱ_t) ρ).  x0 (B, D) of 0. and 1., alpha_bar (B, 1) or one for all
         xt = binomial_q(x0, extract(s.alpha_bar, t, x0)).sample()"""
-    return bits(alpha_bar * x0 + (1 - alpha_bar) * RHO)
+    return bernoulli(alpha_bar * x0 + (1 - alpha_bar) * RHO)
 
 # ------------------------------------------- Sec. 2.2: the reverse process, p(x_{t-1} | x_t) for t = T..2
 
 def gaussian_posterior(s, xt, t, x0):
-    """q(x_{t-1} | x_t, x_0) = N(μ̃_t(x_t, x_0), β̃_t I): what p has to be near to, if x_0 were known."""
+    """q(x_{t-1} | x_t, x_0) = N(μ̃_t(x_t, x_0), β̃_t I): the target of p in the KL of Eq. (14)."""
     mu_tilde, beta_tilde = s.q_posterior(x0, xt, t)
     std = beta_tilde.sqrt().expand_as(xt)
     return MultivariateNormal(mu_tilde, scale_tril=torch.diag_embed(std), validate_args=False)
@@ -80,8 +84,8 @@ def gaussian_p(s, xt, t, moments):
     return MultivariateNormal(f_mu, scale_tril=L, validate_args=False)
 
 def evidence(xt, alpha_bar):
-    """What each bit says alone: log q(x_t | x_0 = 1) / q(x_t | x_0 = 0).  With α_t for ᾱ_t, what it says of
-    x_{t-1}.  xt (B, D), alpha_bar (B, 1) -> (B, D)"""
+    """log q(x_t | x_0 = 1) - log q(x_t | x_0 = 0) for each bit: what x_t says of x_0.  alpha_bar (B, 1)
+    With α_t instead of ᾱ_t: what x_t says of x_{t-1}.  xt (B, D) -> (B, D)"""
     rate_of_0 = (1 - alpha_bar) * RHO  # q(x_t = 1 | x_0 = 0)
     rate_of_1 = rate_of_0 + alpha_bar  # q(x_t = 1 | x_0 = 1)
     said_by_1 = (rate_of_1 / rate_of_0).log()
@@ -89,18 +93,18 @@ def evidence(xt, alpha_bar):
     return torch.where(xt == 1, said_by_1, said_by_0)
 
 def binomial_posterior(s, xt, t, x0):
-    """q(x_{t-1} | x_t, x_0).  Bayes' rule: to the log-odds of q(x_{t-1} | x_0) add those that x_t gives."""
+    """q(x_{t-1} | x_t, x_0), by Bayes' rule: log-odds of x_{t-1} given x_0, plus the evidence of x_t."""
     log_odds = binomial_q(x0, extract(s.alpha_bar, t - 1, x0)).mean.logit()
-    return bits((log_odds + evidence(xt, extract(s.alpha, t, xt))).sigmoid())
+    return bernoulli((log_odds + evidence(xt, extract(s.alpha, t, xt))).sigmoid())
 
 def binomial_p(s, xt, t, rate):
     """p(x_{t-1} | x_t) = B(f_b(x_t, t)): q(x_{t-1} | x_t, x_0), averaged over x_0 ~ B(rate).  rate (B, D)
         x_prev = binomial_p(s, xt, t, net(xt, extract(s.alpha_bar, t, xt))).sample()"""
     f_b_of_1 = binomial_posterior(s, xt, t, torch.ones_like(xt)).mean
     f_b_of_0 = binomial_posterior(s, xt, t, torch.zeros_like(xt)).mean
-    return bits(rate * f_b_of_1 + (1 - rate) * f_b_of_0)
+    return bernoulli(rate * f_b_of_1 + (1 - rate) * f_b_of_0)
 
-GAUSSIAN = (gaussian_q, gaussian_posterior, gaussian_p)  # a kind of diffusion: what follows is for either
+GAUSSIAN = (gaussian_q, gaussian_posterior, gaussian_p)  # the functions below take one as `kind`
 BINOMIAL = (binomial_q, binomial_posterior, binomial_p)
 
 @torch.no_grad()
@@ -113,7 +117,7 @@ def reverse(kind, s, net, x):
         t = torch.full((len(x),), step, device=x.device)
         x = p(s, x, t, net(x, extract(s.alpha_bar, t, x))).sample()
         yield step - 1, x
-    yield 0, q(x, s.alpha_bar[1]).sample()  # Eq. (44): the forward step is its own reverse, where x_1 ~ π
+    yield 0, q(x, s.alpha_bar[1]).sample()  # Eq. (44): p(x_0 | x_1) is the forward step with β_1
 
 # ----------------------------------------------------------------- Secs. 2.3, 2.4: the bound, and training
 
@@ -125,7 +129,7 @@ def bound(kind, s, net, x0, t):
     q, posterior, p = kind
     alpha_bar = extract(s.alpha_bar, t, x0)
     q_t = q(x0, alpha_bar)
-    xt = q_t.rsample() if q_t.has_rsample else q_t.sample()  # frozen noise: β moves x_t, and K through it
+    xt = q_t.rsample() if q_t.has_rsample else q_t.sample()  # rsample: β gets a gradient through x_t
     kl = kl_divergence(posterior(s, xt, t, x0), p(s, xt, t, net(xt, alpha_bar)))
     H_q_T = q(x0, s.alpha_bar[-1]).entropy()
     H_q_1 = q(x0, s.alpha_bar[1]).entropy()
@@ -143,7 +147,7 @@ def train_step(kind, net, opt, x0):
     Raises FloatingPointError, with net as it was, if K or its gradient is not finite.
         net = RollNet(start_beta("learned", 40), learned=True)
         opt = torch.optim.Adam(net.parameters(), 4e-3, maximize=True)
-        K = train_step(GAUSSIAN, net, opt, draw_roll(2048, 0.02, seed=0))"""
+        K = train_step(GAUSSIAN, net, opt, x0)  # x0 (B, 2), standardised"""
     s = schedule_of(net)
     t = torch.randint(2, s.T + 1, (len(x0),), device=x0.device)
     kl, entropies = bound(kind, s, net, x0, t)
@@ -159,10 +163,10 @@ def train_step(kind, net, opt, x0):
 # ------------------------------------------ Sec. 2.5: posteriors.  Sec. 2.6: the entropy of a reverse step
 
 def given(moments, y, precision, xt, alpha_bar):
-    """The moments of p(x_0) r(x_0) / Z given x_t, for r(x_0) = Π_i N(y_i; x_0i, 1 / precision_i).  Eq. (22):
-    used in place of moments, it multiplies p(x_{t-1} | x_t) by r(x_{t-1}) = E[r(x_0) | x_{t-1}].
-    y (D,) is observed: all of it, to denoise; or with precision (D,) 0 elsewhere some of it, to inpaint.
-        for t, x in reverse(GAUSSIAN, s, partial(given, net, y, precision), xT): pass"""
+    """The moments of x_0 given x_t and y, for r(x_0) = Π_i N(y_i; x_0i, 1 / precision_i).  Sec. 2.5
+    Used as the net, it gives p(x_{t-1} | x_t) r(x_{t-1}) / Z, Eq. (22), r(x_{t-1}) = E[r(x_0) | x_{t-1}];
+    exactly if p(x_0 | x_t) is Gaussian, else nearly. precision (D,): 0 where y (D,) is not observed.
+        chain = reverse(GAUSSIAN, s, partial(given, net, y, precision), xT)"""
     x0_hat, S = moments(xt, alpha_bar)
     identity = torch.eye(len(y), dtype=S.dtype, device=S.device)
     S = torch.linalg.solve(identity + S * precision, S)  # (S⁻¹ + diag(precision))⁻¹
@@ -170,11 +174,10 @@ def given(moments, y, precision, xt, alpha_bar):
 
 @torch.no_grad()
 def entropy_of_step(kind, s, net, x0, t):
-    """The bounds that q alone gives on the entropy of the reverse step t, and the entropy of our p.  Eq. (24)
+    """Bounds from q alone on the entropy of the reverse step t, Eq. (24), and the entropy of our p
         H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0)  ≤  H_q(X_{t-1}|X_t)  ≤  H_q(X_t|X_{t-1})
-    The left side is H_q(X_{t-1}|X_t,X_0). The right one needs H_q(X_t) to grow with t, as it does where
-    -E log π(x_t) does not shrink, since KL(q(x_t) || π) = -H_q(X_t) - E log π(x_t) shrinks: for standardised
-    data, and for bits of rate ρ. The entropy of a p with the true moments lies between as well, and exceeds
+    The left side is H_q(X_{t-1}|X_t,X_0). The right inequality needs H_q(X_{t-1}) ≤ H_q(X_t): true of
+    standardised data and of bits of rate ρ. With exact moments, p's mean entropy lies between; it exceeds
     the left side by the KL of Eq. (14).  x0 (B, D), t (B,) in 2..T -> left, p's, right in bits, (B,) each
         left, middle, right = entropy_of_step(GAUSSIAN, s, net, x0, t)"""
     q, _, p = kind
@@ -208,11 +211,11 @@ def mlp(widths, activation):
 class RollNet(nn.Module):
     """x_t, ᾱ_t -> the mean x̂_0 and the covariance S of x_0 given x_t.  (B, 2), (B, 1) -> (B, 2), (B, 2, 2)
         x̂_0 = √ᾱ x_t + √(1 - ᾱ) g,   S = (1 - ᾱ) L Lᵀ
-    The layers give g, which is -v of Salimans & Ho 2022, and the triangular L. In a new network g = 0, L = I:
-    this is right for data from N(0, I), so K starts at L_null.  beta: start_beta's"""
+    The layers give g, which is -v of Salimans & Ho 2022, and the triangular L. In a new network g = 0, L = I,
+    right for data from N(0, I): K starts at L_null = E log π(x_0).  beta: start_beta's"""
     def __init__(self, beta, learned=False, width=128):
         super().__init__()
-        self.layers = mlp([67, width, width, width, width, 5], nn.SiLU)
+        self.layers = mlp([67, width, width, width, width, 5], nn.SiLU)  # 67 = 2 x + 1 log SNR + 64 waves
         self.logits = nn.Parameter(beta.logit(), requires_grad=learned)
 
     def forward(self, xt, alpha_bar):
@@ -225,7 +228,7 @@ class RollNet(nn.Module):
         return alpha_bar.sqrt() * xt + (1 - alpha_bar).sqrt() * g, (1 - alpha_bar)[:, None] * L @ L.mT
 
 class HeartbeatNet(nn.Module):
-    """x_t, ᾱ_t -> the probability of each bit of x_0 to be 1.  (B, 20), (B, 1) -> (B, 20)"""
+    """x_t, ᾱ_t -> P(x_0 = 1 | x_t) for each bit.  (B, 20), (B, 1) -> (B, 20)"""
     def __init__(self, beta, width=50):
         super().__init__()
         self.layers = mlp([20, width, width, width, 20], nn.Sigmoid)
@@ -237,8 +240,8 @@ class HeartbeatNet(nn.Module):
 # -------------------------------------------------------------------------------------- not in the paper
 
 def score(x0_hat, xt, alpha_bar):
-    """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t), the mean of ∇ log q(x_t | x_0).  Vincent 2011.
-    f_mu is μ̃_t at x̂_0, so f_mu gives the score, and to maximise K is to match scores.  -> (B, D)
+    """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t), the mean over x_0 of ∇ log q(x_t | x_0).
+    f_mu is μ̃_t at x̂_0, linear in the score: learning f_mu is score matching (Vincent 2011).  -> (B, D)
         x0_hat, S = net(xt, alpha_bar)
         field = score(x0_hat, xt, alpha_bar)"""
     return (alpha_bar.sqrt() * x0_hat - xt) / (1 - alpha_bar)
@@ -252,7 +255,6 @@ import signal
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -303,7 +305,7 @@ def negative_entropy(density):
     """-H(X) = E log q(x_0) in bits: the mean over the spiral of 7 x 7 Gauss-Hermite points about it."""
     m, v, _, _ = density
     centres = m / v.sqrt()  # in units of the noise
-    some = centres[len(m) // 400::len(m) // 200]
+    some = centres[len(m) // 400::len(m) // 200]  # the middles of 200 equal parts of the spiral
     z, weight = np.polynomial.hermite_e.hermegauss(7)
     mean = 0.0
     for i in range(7):
@@ -442,17 +444,17 @@ def train(args, kind, net, data, path, state):
 def evaluate(kind, s, net, x0, seed=1):
     """An estimate of K for each x_0, and the mean KL of each step t = 2..T, in bits.  (B,), (T-1,)"""
     torch.manual_seed(seed)
-    sum_of_kl, taken = torch.zeros_like(x0[:, 0]), []
+    sum_of_kl, kl_of_step = torch.zeros_like(x0[:, 0]), []
     for t in tqdm(range(2, s.T + 1), "bound", leave=False):
         kl, entropies = bound(kind, s, net, x0, torch.full((len(x0),), t))
         sum_of_kl = sum_of_kl + kl
-        taken.append(kl.mean())
-    return entropies - sum_of_kl, torch.stack(taken)
+        kl_of_step.append(kl.mean())
+    return entropies - sum_of_kl, torch.stack(kl_of_step)
 
 # ---------------------------------------------------------------------------------- experiments and figures
 
 def wasserstein(a, b):
-    """The Wasserstein-1 distance of points a and b in one coordinate, the larger of two.  (n, 2), (m, 2)"""
+    """The larger, over the two coordinates, of the Wasserstein-1 distances of a and b.  (n, 2), (m, 2)"""
     n = min(len(a), len(b))
     return (a[:n].sort(0).values - b[:n].sort(0).values).abs().mean(0).max().item()
 
@@ -472,7 +474,7 @@ def draw_table(path, titles, rows, marks):
         ax.set_title(title)
     fig.savefig(path, dpi=100)
 
-def draw_bound(path, s, taken, lost, left, middle, right):
+def draw_bound(path, s, kl_of_step, lost, left, middle, right):
     """β_t; the band of Eq. (24), with its left side as zero; the bits that the network loses.  (T-1,) each"""
     t = range(2, s.T + 1)
     fig = Figure(figsize=(8.5, 7), layout="constrained")
@@ -481,19 +483,19 @@ def draw_bound(path, s, taken, lost, left, middle, right):
     top.set_ylabel("β_t")
     centre.fill_between(t, 0, right - left, color="0.85", label="where H_q(X_{t-1}|X_t) lies, Eq. (24)")
     centre.plot(t, middle - left, "ko", label="entropy of p(x_{t-1}|x_t)")
-    centre.plot(t, taken.numpy(), label="bits that step t takes, Eq. (14)")
+    centre.plot(t, kl_of_step.numpy(), label="bits that step t takes, Eq. (14)")
     centre.set_ylabel("bits above H_q(X_{t-1}|X_t,X_0)")
     centre.legend()
     bottom.plot(t, lost.numpy())
     bottom.set(xlabel="t", ylabel="bits lost by the network")
     fig.savefig(path, dpi=100)
 
-def roll_experiments(noise, out, s, net, held_out, taken):
+def roll_experiments(noise, out, s, net, held_out, kl_of_step):
     """The ceilings, Eq. (24), Fig. 1, the score, the posteriors of Sec. 2.5; their figures.  -> numbers"""
     density, x0 = roll_density(noise), held_out[:min(len(held_out) // 100, 1000)]
     exact = partial(exact_moments, density)
-    K_exact, taken_exact = evaluate(GAUSSIAN, s, exact, x0)
-    K, taken_same = evaluate(GAUSSIAN, s, net, x0)  # the same x_t
+    K_exact, kl_exact = evaluate(GAUSSIAN, s, exact, x0)
+    K, kl_same = evaluate(GAUSSIAN, s, net, x0)  # the same x_t
     metrics = {"ceiling_bits": negative_entropy(density), "network_loses_bits": (K_exact - K).mean().item()}
     for name in SCHEDULES:
         K_ideal, _ = evaluate(GAUSSIAN, make_schedule(name, s.T), exact, x0)
@@ -502,7 +504,7 @@ def roll_experiments(noise, out, s, net, held_out, taken):
     for t in range(2, s.T + 1):
         left, middle, right = entropy_of_step(GAUSSIAN, s, net, some, torch.full((len(some),), t))
         entropies.append([left.mean().item(), middle.mean().item(), right.mean().item()])
-    draw_bound(out / "bound.png", s, taken, taken_same - taken_exact, *np.array(entropies).T)
+    draw_bound(out / "bound.png", s, kl_of_step, kl_same - kl_exact, *np.array(entropies).T)
 
     xT = torch.randn(2000, 2, dtype=torch.float64)
     samples = {s.T: xT} | dict(reverse(GAUSSIAN, s, net, xT))  # of p(x_t), by t
@@ -525,14 +527,14 @@ def roll_experiments(noise, out, s, net, held_out, taken):
     for task, precision in zip(("denoise", "inpaint"), precisions):
         r = (-precision * (y - many) ** 2 / 2).sum(1).exp()
         accepted = torch.rand(len(many)) < r  # rejection sampling
-        true, again = many[accepted][:10_000].chunk(2)
+        wanted, again = many[accepted][:10_000].chunk(2)
         start = torch.randn(5000, 2, dtype=torch.float64)
         for _, xt in reverse(GAUSSIAN, s, partial(given, net, y, precision), start):
             x = xt  # x_0 comes last
-        metrics[f"{task}_distance"] = wasserstein(x, true)
-        metrics[f"{task}_distance_floor"] = wasserstein(again, true)
-        metrics[f"{task}_distance_without_r"] = wasserstein(samples[0], true)
-        rows[task] = [samples[0], true[:2000], x[:2000]]
+        metrics[f"{task}_distance"] = wasserstein(x, wanted)
+        metrics[f"{task}_distance_floor"] = wasserstein(again, wanted)
+        metrics[f"{task}_distance_without_r"] = wasserstein(samples[0], wanted)
+        rows[task] = [samples[0], wanted[:2000], x[:2000]]
     observed = {"denoise": ([0.5], [-0.3]), "inpaint": ([0.5, 0.5], [-3, 3])}  # all of y, y_1
     draw_table(out / "posteriors.png", ["p alone", "exact posterior", "p, r in each step"], rows, observed)
 
@@ -558,7 +560,7 @@ PRESETS = {"swiss_roll": dict(T=40, schedule="learned", steps=6000, lr=4e-3, wid
            "heartbeat": dict(T=2000, schedule="inverse", steps=8000, lr=1e-2, width=50, num_samples=10_000)}
 QUICK = {"swiss_roll": dict(steps=100, batch=256, width=32, num_samples=2000),
          "heartbeat": dict(T=200, steps=200, batch=256, width=32, num_samples=2000)}
-OF_THIS_CALL = {"device", "out", "quick", "checkpoint", "resume"}  # not taken over from a checkpoint
+OF_THIS_CALL = {"device", "out", "quick", "checkpoint", "resume"}  # not kl_of_step over from a checkpoint
 
 def get_args(argv=None):
     """The flags. Their defaults are the checkpoint's settings, or those of --dataset and --quick."""
@@ -579,7 +581,7 @@ def get_args(argv=None):
     p.add_argument("--steps", type=between(1, kind=int), help="training steps")
     p.add_argument("--batch", type=between(1, kind=int), default=2048, help="examples per training step")
     p.add_argument("--lr", type=between(1e-12), help="Adam's learning rate, which decays to 0")
-    p.add_argument("--num-samples", type=between(2000, kind=int), help="fresh data, of which K is a mean")
+    p.add_argument("--num-samples", type=between(2000, kind=int), help="examples over which K is averaged")
 
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args([word for word in argv if word not in ("-h", "--help")])  # whose defaults to take?
@@ -627,7 +629,7 @@ def main(args):
     params = sum(parameter.numel() for parameter in net.parameters())
     print(f"{args.dataset} of {len(data)} examples, on {device}; a network of {params} parameters; "
           f"T = {args.T}, schedule {args.schedule}")
-    print(f"{args.steps} steps of {args.batch} examples, lr {args.lr}; K over {args.num_samples} fresh ones; "
+    print(f"{args.steps} steps of {args.batch} examples, lr {args.lr}; K over {args.num_samples}; "
           f"results in {out}")
     if not args.resume:
         make_folder(out)
@@ -635,14 +637,14 @@ def main(args):
         state = train(args, kind, net.to(device), data.to(device), out / "checkpoint.pt", state)
 
     s = schedule_of(net.cpu().requires_grad_(False))
-    K, taken = evaluate(kind, s, net, held_out, args.seed + 1)
+    K, kl_of_step = evaluate(kind, s, net, held_out, args.seed + 1)
     q, _, _ = kind
     pi = q(held_out, NO_SIGNAL)
     metrics = {"script": Path(__file__).stem, "dataset": args.dataset, "seed": args.seed,
                "device": args.device, "torch": torch.__version__, "steps": state["step"], "params": params,
                "seconds_train": state["seconds"]}
     if args.dataset == "swiss_roll":
-        metrics |= roll_experiments(args.noise, out, s, net, held_out, taken)
+        metrics |= roll_experiments(args.noise, out, s, net, held_out, kl_of_step)
         name_of_K, of_paper = "K_bits", "2.35, 6.45"
     else:
         metrics |= heartbeat_experiments(s, net, pi.sample())
@@ -654,7 +656,8 @@ def main(args):
         if isinstance(value, float):
             value = f"{value:.4f}"
         print(f"{name:<28}{value}")
-    metrics |= {"config": vars(args), "KL_bits_of_step": taken.tolist(), "seconds_total": time.time() - begin}
+    metrics |= {"config": vars(args), "KL_bits_of_step": kl_of_step.tolist(),
+                "seconds_total": time.time() - begin}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     print("written to", out, "are", ", ".join(sorted(file.name for file in out.iterdir())))
     if not args.checkpoint:

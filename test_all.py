@@ -3,6 +3,7 @@
 What asserts exactness runs on the CPU, whatever else there is; on a GPU there are runs beside it."""
 import argparse
 import builtins
+import contextlib
 import copy
 import dis
 import inspect
@@ -46,7 +47,10 @@ HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
 every_schedule = pytest.mark.parametrize("name", list(SCHEDULES))
 both = pytest.mark.parametrize("script", [ddpm, cfg])
-FEW = {ddpm: "--num-samples=20", cfg: "--num-samples=10 --sampling-steps=2 --w=1 --guidance=free"}
+every = pytest.mark.parametrize("script", [ddpm, cfg, sohl])
+FEW = {ddpm: "--num-samples=20", cfg: "--num-samples=10 --sampling-steps=2 --w=1 --guidance=free",
+       sohl: "--num-samples=2000"}
+HEARTBEAT = "--dataset=heartbeat --T=200"
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -223,10 +227,6 @@ def test_subchain(name, steps):
 
 def net_of(flags, shape):
     return ddpm.make_eps_theta(args_of(ddpm, flags), shape)
-
-def test_paper_network():
-    paper = "--channels 128 --multipliers 1 2 2 2 --blocks 2 --attention 16 --dropout 0.1"
-    assert sum(p.numel() for p in net_of(paper, (3, 32, 32)).parameters()) == 35_746_307
 
 @pytest.mark.parametrize("flags, shape", [
     ("", (1, 8, 8)), ("--dataset mnist", (1, 28, 28)), ("--attention 6", (3, 12, 20)),
@@ -710,398 +710,6 @@ def test_a_photograph_keeps_its_colours_and_orientation():
     exact = torch.tensor(np.array(photo.crop((0, 100, 400, 500)).resize((24, 24), Image.BICUBIC)))
     assert (x.float() - exact.permute(2, 0, 1).float()).abs().max() < 8
 
-# --------------------------------------------------------------------------------- whole runs of every script
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """quick(script, flags): the folder that --quick has filled, and its numbers. Each is run once."""
-    @cache
-    def once(script, flags=""):
-        if "mnist" in flags:
-            write_mnist()
-        out = tmp_path_factory.mktemp("quick") / "out"
-        return out, run(script, f"--quick --out={out} {flags}")
-    return once
-
-@pytest.fixture
-def fails(capsys):
-    """fails(script, flags, pattern): a run ends with status 2, one such line, no usage, and no folder."""
-    def check(script, flags, pattern):
-        before = sorted(Path().rglob("*"))
-        with pytest.raises(SystemExit) as e:
-            run(script, flags)
-        err = re.sub(r"(^|\r).*?(it/s|\?it|s/it)\]", "", capsys.readouterr().err)  # the bars
-        line, = [line for line in err.splitlines() if "error: " in line]
-        assert e.value.code == 2 and line.startswith("error: ") and re.search(pattern, line), line
-        assert "usage" not in err and sorted(Path().rglob("*")) == before
-    return check
-
-MNIST = "--dataset=mnist --data-dir=mnist --steps=3"
-SMALL_MNIST = f"{MNIST} --channels=8 --num-samples=70"
-TWO_CLASSES = "--num-samples=5 --sampling-steps=2 --w=2 --classes=3,7"
-DDPM_KEYS = "loss frechet frechet_floor confident_share rarest_class_share images_per_second"
-DDPM_FILES = "samples.npz samples.png progressive.png reverse.gif loss.png weights.pt training.png"
-CFG_FILES = "samples.npz samples.png weights.pt classifier.pt training.png"
-
-@pytest.mark.parametrize("script, flags, keys, written, told", [
-    (ddpm, "", DDPM_KEYS, DDPM_FILES, "--num-samples=100"),
-    (ddpm, SMALL_MNIST, DDPM_KEYS, DDPM_FILES, "--num-samples=70"),
-    (cfg, "", "frechet_floor label_accuracy_real", CFG_FILES + " tradeoff.png", "--num-samples=100"),
-    (cfg, f"{MNIST} {TWO_CLASSES}", "", CFG_FILES, TWO_CLASSES)])
-def test_quick_run_and_the_same_from_its_checkpoint(quick, script, flags, keys, written, told, capsys):
-    out, m = quick(script, flags)
-    config = m["config"]
-    assert m == json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    keys += " script dataset seed device torch steps params seconds_train seconds_total"
-    assert set(keys.split()) <= m.keys() and files(out) == {"metrics.json", "checkpoint.pt", *written.split()}
-    told_at_start = capsys.readouterr().out
-    assert re.search(r"(1347|150) images of 10 classes, (450|150) held out; .* cpu, float32\n", told_at_start)
-    epochs = config["steps"] * config["batch"] / (150 if flags else 1347)
-    assert f"{config['steps']} steps of {config['batch']} ({epochs:.1f} epochs)" in told_at_start
-    assert f"--checkpoint {out / 'checkpoint.pt'}\n" in told_at_start
-    # From the file alone, where no data are, the same numbers and images come back.
-    shutil.rmtree("mnist", ignore_errors=True)
-    again = run(script, f"--checkpoint={out}/checkpoint.pt --out=again {told}")
-    assert ("nothing to compare samples with" in capsys.readouterr().out) == ("mnist" in flags)
-    timed = {key for key in m if "second" in key}
-    same = again.keys() - timed - {"config"}
-    assert all(again[k] == m[k] for k in same) and ("frechet_floor" in same) == (not flags)
-    of_training = {"checkpoint.pt", "weights.pt", "training.png", "classifier.pt"}
-    assert files(out) - files("again") == files(out) & of_training
-    arrays, others = (np.load(folder / "samples.npz") for folder in (out, Path("again")))
-    assert all(np.array_equal(arrays[k], others[k]) for k in arrays)
-    n, side, images = config["num_samples"], 28 if "mnist" in flags else 8, arrays["arr_0"]
-    assert images.shape == (n, side, side, 1) and images.dtype == np.uint8 and images.std() > 0
-    assert script is ddpm or arrays["arr_1"].tolist() == ([3, 7] * n if flags else list(range(10)) * n)[:n]
-    assert (out / "weights.pt").stat().st_size < (out / "checkpoint.pt").stat().st_size / 5
-    drawn = args_of(script, f"--checkpoint={out}/weights.pt")
-    name = script.__name__ + ("-mnist" if flags else "-digits")
-    assert drawn.num_samples == 64 and drawn.out == f"runs/{name}-samples" and not drawn.quick
-    resumed = vars(args_of(script, f"--resume --out={out}"))  # what a run was told is told once
-    assert all(resumed[k] == config[k] for k in config.keys() & {"T", "steps", "schedule", "lr", "data_dir"})
-
-@both
-def test_numbers_of_a_quick_run(quick, script):
-    """Computed once more from what it has left: judge, samples and checkpoint."""
-    (out, m), (train, held_out, _) = quick(script), ddpm.load_data("digits", "")
-    losses, loaded = read(out / "checkpoint.pt")["losses"], np.load(out / "samples.npz")
-    images, judge = torch.tensor(loaded["arr_0"]).permute(0, 3, 1, 2), ddpm.train_judge(*train, 10, 30, 0)
-    f, f_held = ddpm.features_of(judge, images), ddpm.features_of(judge, held_out[0])
-    floor = ddpm.frechet_distance(ddpm.features_of(judge, ddpm.some_of(train[0], 100, 0)), f_held)
-    assert len(losses) == 30 and (losses > 0).all() and m["frechet_floor"] == pytest.approx(floor, rel=1e-4)
-    if script is ddpm:
-        assert m["frechet"] == pytest.approx(ddpm.frechet_distance(f, f_held), rel=1e-4)
-        assert m["loss"] == losses[-1].item() < 0.9
-        assert m["images_per_second"] == pytest.approx(30 * 128 / m["seconds_train"])
-        return
-    kept = m["sweep"][1] if m["sweep"][1]["w"] == 0 else None  # the samples of w = 0 are kept
-    assert kept["frechet"] == pytest.approx(ddpm.frechet_distance(f, f_held), rel=1e-4)
-    log_p = judge[1](f).double().log_softmax(1)
-    scores = cfg.class_scores(log_p, torch.tensor(loaded["arr_1"]))
-    assert {key: kept[key] for key in scores} == {key: pytest.approx(scores[key], rel=1e-4) for key in scores}
-    for sweep in (m["sweep"], m["sweep_classifier"]):
-        assert [row["w"] for row in sweep] == [-1, 0, 0.5, 1, 2, 4]
-        assert all({"w", "frechet", "classifier_score", "label_accuracy"} == row.keys() for row in sweep)
-        assert all(1 <= row["classifier_score"] <= 10 for row in sweep)
-    assert m["sweep"][0] == m["sweep_classifier"][0]  # w = -1: the unconditional model, twice
-    assert m["sweep"][5] != m["sweep_classifier"][5]
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("script, flags", [
-    (ddpm, "--experiments"), (ddpm, "--sampler=langevin --no-bf16"), (ddpm, "--predict=mu --loss=vlb"),
-    (ddpm, "--compile"), (cfg, "--guidance free classifier both"), (sohl, ""),
-    (sohl, "--dataset=heartbeat --T=200")])
-def test_on_a_gpu(script, flags):
-    run(script, f"--quick --device=cuda --out=a --steps=10 {flags}")
-    run(script, "--device=cuda --out=a --resume --steps=12")
-    m = run(script, f"--device=cuda --checkpoint=a/checkpoint.pt --out=b {FEW.get(script, '')}")
-    assert m["steps"] == 12 and m["device"].startswith("cuda")
-
-@both
-def test_bfloat16_and_compile(script, monkeypatch):
-    """--bf16 on a CPU: from the first loss on other numbers; --compile: both nets."""
-    dtypes, compiled = [], []
-    forward = script.Attention.forward
-    monkeypatch.setattr(script.Attention, "forward",
-                        lambda self, h: dtypes.append(h.dtype) or forward(self, h))
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    for flag in ("--bf16", ""):
-        run(script, f"--quick --steps=3 --channels=8 {FEW[script]} {flag} --compile --out=a{flag}")
-        assert set(dtypes) == {torch.bfloat16 if flag else torch.float32}
-        dtypes.clear()
-    assert len(compiled) == 4 and len({id(net) for net in compiled}) == 4
-    a, b = read("a/checkpoint.pt"), read("a--bf16/checkpoint.pt")
-    assert a["losses"].allclose(b["losses"], rtol=0.05) and not torch.equal(a["losses"], b["losses"])
-    assert all(v.dtype == torch.float32 for v in b["net"].values())
-
-@pytest.mark.parametrize("script, loss, flags, planned, name", [
-    (ddpm, "l_simple", "--channels=8 --dropout=0.1 --flip", 32, "checkpoint.pt"),
-    (cfg, "l_cfg", "", 32, "checkpoint.pt"), (cfg, "l_classifier", "--guidance both", 12, "classifier.pt"),
-    (ddpm, "vlb_term", "--channels=8 --loss=vlb --predict=mu", 32, "checkpoint.pt")])
-def test_stopped_and_resumed_is_one_run_and_never_lost(monkeypatch, capsys, fails, script, loss, flags,
-                                                       planned, name):
-    """Ctrl-C in step 5 ends in pictures and a checkpoint, from which the rest is bitwise the same."""
-    flags = f"--quick --warmup=4 --no-decay-lr {FEW[script]} {flags}"
-    run(script, f"{flags} --steps=12 --out=a")
-    calls, original = [], getattr(script, loss)
-    def interrupted(*args, **named):
-        calls.append(1)
-        if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args, **named)
-    monkeypatch.setattr(script, loss, interrupted)
-    m = run(script, f"{flags} --steps={planned} --out=b")
-    assert read(f"b/{name}")["step"] == 5 and m["steps"] == read("b/checkpoint.pt")["step"]
-    assert f"stopped at step 5 of {planned}; --resume" in capsys.readouterr().out and files("a") == files("b")
-    resumed = args_of(script, "--resume --out=b --steps=12")
-    assert resumed.warmup == 4 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    torch.save(read(f"b/{name}") | {"seconds": 1000.0}, f"b/{name}")
-    few = FEW[script].replace("--guidance=free", "")  # which the checkpoint knows
-    m = run(script, f"--resume --steps=12 --out=b {few}")
-    assert (m["seconds_train"] > 1000) == (name == "checkpoint.pt") and read(f"b/{name}")["seconds"] > 1000
-    a, b = (read(f"{folder}/{name}") for folder in "ab")
-    for key in ("net", "ema", "optimizer", "random", "losses", "step"):
-        assert_close(a[key], b[key], rtol=0, atol=0)
-    trained = Path("b/checkpoint.pt").read_bytes()
-    fails(script, "--resume --steps=30 --lr=1e30 --out=b", "no longer finite.*smaller --lr")
-    for _ in range(2):  # nothing is overwritten: it is kept as b-1, two runs later too
-        run(script, f"--quick --steps=1 --out=b {FEW[script]}")
-    assert Path("b-1/checkpoint.pt").read_bytes() == trained and read("b-2/checkpoint.pt")["step"] == 1
-    assert len(list(Path().glob("b*"))) == 3 and not list(Path().rglob("*.tmp"))
-
-KILLED = """
-import itertools, os, sys, types
-import ddpm_ho_2020 as ddpm
-clock, replace, saves = itertools.count(0, 100), os.replace, []
-ddpm.time = types.SimpleNamespace(time=lambda: next(clock))  # more than a minute passes in every step
-def replace_or_die(a, b):
-    saves.append(b)
-    if len(saves) == 4:
-        os.kill(os.getpid(), 9)
-    replace(a, b)
-os.replace = replace_or_die
-ddpm.main(ddpm.get_args(sys.argv[1:]))"""
-
-def test_processes(monkeypatch, fails):
-    """torchrun's two train as one does, in a console of Windows; kill -9 while saving loses one step."""
-    flags = "--quick --channels=8 --flip --steps=5 --batch=8 --num-samples=4 --device=cpu"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "cp1252"}
-    shell = partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    quick_flags = {ddpm: flags.split(), cfg: [*flags.split(), "--guidance=free", "--w=1"]}
-    jobs = {script: shell([*torchrun, script.__file__, *argv, f"--out={script.__name__}"])
-            for script, argv in quick_flags.items()}
-    killed = shell([sys.executable, "-c", KILLED, *flags.split(), "--out=killed"])
-    for script, argv in quick_flags.items():
-        run(script, " ".join([*argv, "--out=one"]))
-        out, _ = jobs[script].communicate(timeout=200)
-        assert jobs[script].returncode == 0, out
-        one, two = read("one/checkpoint.pt"), read(f"{script.__name__}/checkpoint.pt")
-        for key in ("net", "ema"):
-            assert all(one[key][name].allclose(two[key][name], atol=1e-4) for name in one[key])
-        shutil.move("one", f"one-{script.__name__}")
-    out, _ = killed.communicate(timeout=200)
-    assert killed.returncode == -9 and read("killed/checkpoint.pt")["step"] == 3, out
-    run(ddpm, "--resume --out=killed --num-samples=4")
-    a, b = read("killed/checkpoint.pt"), read("one-ddpm_ho_2020/checkpoint.pt")
-    for key in ("net", "ema", "optimizer", "random", "losses", "step"):
-        assert_close(a[key], b[key], rtol=0, atol=0)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for script in (ddpm, cfg):
-        fails(script, "--batch=64", "3, the number of processes")
-
-def test_a_folder_of_images_with_every_experiment_then_guidance():
-    write_images(*(f"images/{name}/{i}.png" for name in "abc" for i in range(13)))
-    size = "--quick --dataset=images --image-size=8x16 --multipliers 1 2 --attention 4 --channels=8"
-    m = run(ddpm, f"{size} --experiments --T=20 --predict=x0 --sampling-steps=4")
-    out = Path("runs/ddpm_ho_2020-images-quick")
-    for name in ("rate_distortion", "interpolation", "inpainting", "samples"):
-        assert (out / f"{name}.png").stat().st_size > 1000
-    assert m["bits_per_dim"] > m["bits_per_dim_rate"] > m["bits_per_dim_L_T"] > 0
-    assert m["inpainting_rmse_nearest"] < 10 < m["inpainting_rmse_RePaint"]  # an image has nearly one grey
-    assert {f"inpainting_kept_{name}" for name in ("RePaint", "nearest")} <= m.keys()
-    flags = "--sampler=langevin --sampling-steps=3 --num-samples=4 --out=langevin"
-    assert run(ddpm, f"--checkpoint={out}/weights.pt {flags}")["dataset"] == "images"
-    run(cfg, f"{size} --steps=3 {FEW[cfg]}")
-    arrays = np.load("runs/ddpm_conditional_cfg-images-quick/samples.npz")
-    assert arrays["arr_0"].shape == (10, 8, 16, 3) and arrays["arr_1"].tolist() == [0, 1, 2] * 3 + [0]
-    assert read("runs/ddpm_conditional_cfg-images-quick/checkpoint.pt")["names"] == ["a", "b", "c"]
-
-# ---------------------------------------------------------------------------------------- flags, and mistakes
-
-@both
-def test_flags(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "open_device", torch.device)  # nothing is opened
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    def get(flags):
-        return script.get_args(flags.split())
-    for capability, device, flag, bf16 in (  # noqa: B007
-            ((7, 5), "cuda", "", False), ((8, 0), "cuda", "", True), ((9, 0), "cuda", "", True),
-            ((9, 0), "cuda", "--no-bf16", False), ((9, 0), "cpu", "", False),
-            ((7, 5), "cpu", "--bf16", True)):
-        assert get(f"--device={device} {flag}").bf16 == bf16
-    for flags, steps, warmup in (
-            ("--dataset=mnist --device=cpu", 4200, 200), ("--dataset=mnist --device=cuda", 20_000, 200),
-            ("--dataset=mnist --device=mps", 20_000, 200),
-            ("--dataset=mnist --device=mps --steps=7", 7, 1), ("--dataset=cars --steps=60", 60, 6),
-            ("--dataset=cars --steps=60 --warmup=5000", 60, 5000), ("--dataset=cars", 100_000, 5000),
-            ("--dataset=cifar10", 800_000, 5000), ("--quick --device=cuda --dataset=mnist", 30, 3)):
-        args = get(flags)
-        assert (args.steps, args.warmup) == (steps, warmup), flags
-    out = f"runs/{script.__name__}-"
-    assert get("").out == out + "digits" and get("--quick").out == out + "digits-quick"
-    assert get("--dataset=mnist --quick --out=here").out == "here"
-    assert get("--image-size=48x64").image_size == [48, 64] and get("--image-size=32").image_size == [32, 32]
-    for dataset, shape in (("digits", (1, 8, 8)), ("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)),
-                           ("cars", (3, 64, 64))):
-        with torch.device("meta"):
-            net = script.make_eps_theta(get(f"--dataset={dataset}"), shape)
-        assert dataset != "cifar10" or 35_746_307 <= sum(p.numel() for p in net.parameters()) < 35_760_000
-    texts, add = {}, argparse._ActionsContainer.add_argument
-    def recorded(self, *names, **options):
-        texts[names[-1]] = options.get("help")
-        return add(self, *names, **options)
-    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", recorded)
-    with pytest.raises(SystemExit, match="0"):
-        get("--dataset=mnist --help")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert len(texts) > 25 and all(texts.values()) and "4200" in shown and "800000" in shown
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
-
-@both
-def test_checkpoints_that_are_none_are_named(quick, fails, script):
-    out, file = quick(script)[0], Path("checkpoint.pt")
-    whole, state = (out / "checkpoint.pt").read_bytes(), read(out / "checkpoint.pt")
-    none = rf"no checkpoint of {script.__name__}\.py at .*checkpoint\.pt: "
-    foreign = cfg if script is ddpm else ddpm
-    lacking = {key: {k: v for k, v in state.items() if k != key} for key in ("ema", "names", "optimizer")}
-    for content, pattern in ((None, "missing"), (b"", "truncated"), (b"text", "truncated"),
-                             ([1], "another script"), (whole[:20_000], "truncated"),
-                             (state | {"script": foreign.__name__}, "another script"),
-                             (state | {"step": Evil()}, "missing, truncated or another"),
-                             (lacking["ema"], "lacks a part"), (lacking["names"], "lacks a part")):
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        elif content:
-            torch.save(content, file)
-        for flags in ("--checkpoint=checkpoint.pt", "--resume --out=."):
-            fails(script, flags, none + ".*" + pattern)
-    assert not Path("pwned").exists()
-    for weights in (lacking["optimizer"], read(out / "weights.pt")):
-        torch.save(weights, file)
-        fails(script, "--resume --out=.", "not a run to resume")
-    foreign_file = quick(foreign)[0] / "checkpoint.pt"
-    fails(script, f"--checkpoint={foreign_file}", "another script")
-
-MISTAKES = {
-    "--dataset=mnits": "mnits.*digits.*cifar10", "--dataset=empty": "0 readable images.*nothing",
-    "--dataset=one": "1 readable images", "--dataset=broken": "0 readable images.*a.jpg",
-    "--dataset=cars --data-dir=empty": "in empty.*nothing.*stanford_cars",
-    "--dataset=mnist --data-dir=file": "needs MNIST.*--dataset digits", "--schedule=liner": "liner.*cosine",
-    "--sampler=x": "--sampler.*ddim", "--device=tpu": "tpu", "--device=cuda:7": "--device cuda:7: ",
-    "--device=cuda": "--device cuda: ", "--device=mps": "--device mps: ", "--T=1": "--T",
-    "--steps=0": "--steps.*0 is not between 1", "--T=1.5": "--T.*invalid int", "--lr=-1": "--lr",
-    "--lr=nan": "--lr", "--lr=x": "--lr.*float",
-    "--image-size=0": "--image-size", "--image-size=abc": "--image-size.*abc", "--ema=2": "--ema",
-    "--batch=0": "--batch", "--dropout=-0.1": "--dropout", "--attention=5": r"attention at \[5\].*\[8, 4\]",
-    "--channels=10": "--channels", "--multipliers 1 1 1 1 1": "8x8.*16 divides", "--learning=1": "--learning",
-    "--checkpoint=FILE --resume": "not allowed with", "--checkpoint=FILE --channels=32": "size mismatch",
-    "--checkpoint=FILE --dataset=images": "draws.*8, 8.*has", "--out=file": "--out file",
-    "--out=file/a": "--out file/a", "--resume --out=empty": "missing", "--num-samples=0": "--num-samples"}
-OWN_MISTAKES = {
-    ddpm: {"--predict=v": "--predict.*mu", "--experiments --checkpoint=MNIST": "held-out images: --data-dir",
-           "--p-uncond=0.1": "--p-uncond"},
-    cfg: {"--p-uncond=1.5": "--p-uncond", "--classes=3,12": r"labels must lie in 0\.\.9",
-          "--guidance=x": "both", "--classes=a": "--classes",
-          "--dataset=images": "two classes.*cars_train_annos.mat.*devkit",
-          "--p-uncond=0 --w -1 2 --guidance classifier": "--p-uncond 0 has no", "--w=x": "--w"}}
-
-@pytest.mark.parametrize("script, flags", [
-    (script, flags) for script in (ddpm, cfg) for flags in MISTAKES | OWN_MISTAKES[script]])
-def test_users_mistakes(quick, fails, script, flags):
-    if flags == "--device=cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    Path("empty").mkdir()
-    Path("file").write_text("text")
-    write_images("one/0.png", "images/0.png", "images/1.png", "broken/a.jpg", "broken/b.jpg")
-    for name in "ab":
-        Path(f"broken/{name}.jpg").write_text("not an image")
-    message = (MISTAKES | OWN_MISTAKES[script])[flags]
-    for word, of_run in (("FILE", ""), ("MNIST", SMALL_MNIST)):
-        if word in flags:
-            flags = flags.replace(word, str(quick(script, of_run)[0] / "checkpoint.pt"))
-            shutil.rmtree("mnist", ignore_errors=True)
-    fails(script, flags, message)
-
-@both
-def test_a_full_disk_leaves_the_last_checkpoint(script, monkeypatch, capsys):
-    run(script, f"--quick --steps=2 --out=a {FEW[script]}")
-    whole, original = Path("a/checkpoint.pt").read_bytes(), torch.save
-    for error in (OSError("No space left"), RuntimeError("PytorchStreamWriter failed: file write failed")):
-        def full(state, path, error=error):
-            Path(path).write_bytes(b"half of it")
-            raise error
-        monkeypatch.setattr(torch, "save", full)
-        with pytest.raises(SystemExit):
-            run(script, f"--resume --steps=4 --out=a {FEW[script]}")
-        assert re.search("error: a/checkpoint.pt could not be written.*fail|space", capsys.readouterr().err)
-        assert Path("a/checkpoint.pt").read_bytes() == whole
-    monkeypatch.setattr(torch, "save", original)
-    assert run(script, f"--resume --steps=4 --out=a {FEW[script]}")["steps"] == 4
-    assert not list(Path().rglob("*.tmp"))
-
-@pytest.mark.parametrize("error, status, line", [
-    (MemoryError(), 2, "out of memory.*--batch"), (RuntimeError("CUDA out of memory."), 2, "memory.*--batch"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch"),
-    (KeyboardInterrupt(), 2, "stopped by Ctrl-C"),
-    (OSError(28, "No space left on device"), 2, "No space left"), (RuntimeError("shapes"), None, ""),
-    (KeyError("ema"), None, ""), (SystemExit(2), 2, None), (None, 0, None)])
-@both
-def test_from_the_shell(script, error, status, line, monkeypatch):
-    """What a user can cause is one line, a bug keeps its traceback, and a console of Windows is enough."""
-    def main(args):
-        print("█ ε ∅ 写真")
-        if error:
-            raise error
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for _ in range(2))
-    for module, name, value in ((script, "main", main), (script, "get_args", lambda: None),
-                                (sys, "stdout", out), (sys, "stderr", err)):
-        monkeypatch.setattr(module, name, value)
-    if status is None:
-        with pytest.raises(type(error)):
-            script.run_from_shell()
-    elif status == 0:
-        script.run_from_shell()
-    else:
-        with pytest.raises(SystemExit) as e:
-            script.run_from_shell()
-        err.flush()
-        told = err.buffer.getvalue().decode("cp1252")
-        assert e.value.code == 2
-        assert (told == "") if line is None else re.fullmatch(rf"error: .*{line}.*\n", told)
-
-@pytest.mark.parametrize("where", ["decoding", "sampling"])
-def test_ctrl_c(where, monkeypatch, capsys):
-    write_images(*(f"images/{i}.png" for i in range(30)))
-    flags = "--quick --dataset=images --image-size=8 --multipliers 1 --attention --steps=1 --out=a"
-    monkeypatch.setattr(sys, "argv", ["ddpm_ho_2020.py", "--device=cpu", *flags.split()])
-    module, name = (Image, "open") if where == "decoding" else (ddpm, "subchain")
-    original = getattr(module, name)
-    def interrupt(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
-    if where == "decoding":
-        monkeypatch.setattr(module, name, interrupt)
-    else:  # only after training, which has its own answer to it
-        monkeypatch.setattr(ddpm, "save_weights", lambda *_: monkeypatch.setattr(module, name, interrupt))
-    with pytest.raises(SystemExit) as e:
-        ddpm.run_from_shell()
-    assert e.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith("error: stopped by Ctrl-C")
-    assert Path("a/checkpoint.pt").exists() == (where == "sampling")
-
 # ------------------------------------------------------------------------------------ ddpm_conditional_cfg.py
 
 @pytest.mark.parametrize("w", [-1, -0.5, 0, 1, 4])
@@ -1181,6 +789,735 @@ def test_cfg_draws_what_it_has_learned(p_uncond, kept, capsys):
     assert f"with --p-uncond {p_uncond} only these can be drawn: ('free', " in capsys.readouterr().out
     assert m.keys() & {"sweep_both", "sweep_classifier"} == {f"sweep_{kind}" for kind in kept}
 
+# ------------------------------------------------------------------------------------- sohl_dickstein_2015.py
+
+def gaussian_moments(xt, alpha_bar):
+    """The moments for x_0 ~ N(0, I)."""
+    return alpha_bar.sqrt() * xt, (1 - alpha_bar)[..., None] * torch.eye(xt.shape[1]).to(xt)
+
+@every_schedule
+def test_K_of_an_isotropic_gaussian_is_its_log_likelihood(name):
+    """As the authors' code notes: the gain over L_null is 0. One KL, written out:
+    KL(N(μ, σ² I) || N(m, σ² M I)) = ½ [D / M + |m - μ|² / (σ² M) - D + D log M], of which the first three
+    cancel in expectation."""
+    s, D, K, x0 = make_schedule(name, 40), 3, 0, randn(4000, 3)
+    for t in range(2, 41):
+        ts = torch.full((len(x0),), t)
+        torch.manual_seed(t)
+        kl, entropies = sohl.bound(sohl.GAUSSIAN, s, gaussian_moments, x0, ts)
+        torch.manual_seed(t)
+        xt = sohl.gaussian_q(x0, extract(s.alpha_bar, ts, x0)).rsample()
+        M = 1 + (s.snr[t - 1] - s.snr[t]) * (1 - s.alpha_bar[t])
+        (m, sigma2), (mu, _) = (s.q_posterior(x, xt, ts) for x in (s.alpha_bar[t].sqrt() * xt, x0))
+        delta = ((m - mu) ** 2 / sigma2).sum(1)
+        assert (2 * math.log(2) * kl).allclose((D + delta) / M - D + D * M.log(), atol=1e-9)
+        assert agree(kl, D * M.log2() / 2)
+        K -= D * M.log2() / 2
+    L_null = -D / 2 * math.log2(2 * math.pi * math.e)
+    assert entropies.unique() == entropies[0] and (K + entropies[0]).item() == pytest.approx(L_null, rel=1e-9)
+
+def test_gaussian_p_is_the_posterior_and_a_new_network_the_null_model():
+    s, t, x0, xt = make_schedule("cosine", 40), torch.tensor([2, 3, 20, 39, 40]), randn(5, 2), randn(5, 2, seed=1)
+    mu, beta_tilde = s.q_posterior(x0, xt, t)
+    known = x0, torch.zeros(5, 2, 2).double()
+    for p in (sohl.gaussian_posterior(s, xt, t, x0), sohl.gaussian_p(s, xt, t, known)):
+        assert p.mean.allclose(mu)
+        assert p.covariance_matrix.allclose(beta_tilde[:, None] * torch.eye(2).double())
+    net, alpha_bar = sohl.RollNet(sohl.start_beta("learned", 40), width=16), torch.rand(5, 1).double()
+    for ours, null in zip(net(xt, alpha_bar), gaussian_moments(xt, alpha_bar)):
+        assert ours.allclose(null, atol=1e-12)
+    nn.init.constant_(net.layers[-1].bias, 0.5)  # g = 0.5, and S is the square of a triangle
+    x0_hat, S = net(xt[:1], torch.tensor([[0.3]]).double())
+    L = torch.tensor([[math.exp(0.5), 0], [0.5, math.exp(0.5)]])
+    assert S[0].float().allclose(0.7 * L @ L.T)
+    assert x0_hat.allclose(math.sqrt(0.3) * xt[:1] + math.sqrt(0.7) * 0.5)
+
+def log_q(density, x, alpha_bar=1.0):
+    """log q(x_t), nats: a mixture of Gaussians about √ᾱ m_j of variances ᾱ v + 1 - ᾱ.  (B, 2) -> (B,)"""
+    m, v = density[0] * alpha_bar ** 0.5, density[1] * alpha_bar + 1 - alpha_bar
+    parts = -((x[:, None] - m) ** 2 / (2 * v)).sum(2)
+    return parts.logsumexp(1) - math.log(len(m) * 2 * math.pi) - v.log().sum() / 2
+
+def test_exact_moments_are_tweedies():
+    """x̂_0 and S against the gradient and Hessian of log q(x_t), and so the score that is made of x̂_0."""
+    s, density = make_schedule("geometric", 40), sohl.roll_density(0.5)
+    x0 = density[0][::90]
+    for t in (3, 20, 35):
+        x, ab = s.q_sample(x0, t, randn(len(x0), 2)).requires_grad_(), s.alpha_bar[t]
+        gradient, = torch.autograd.grad(log_q(density, x, ab).sum(), x, create_graph=True)
+        rows = (torch.autograd.grad(g.sum(), x, retain_graph=True)[0] for g in gradient.unbind(1))
+        hessian = torch.stack(list(rows), 1)
+        x0_hat, S = sohl.exact_moments(density, x, ab.expand(len(x), 1))
+        assert sohl.score(x0_hat, x, ab.expand(len(x), 1)).allclose(gradient, rtol=1e-6, atol=1e-6)
+        assert S.allclose((1 - ab) / ab * (torch.eye(2) + (1 - ab) * hessian), rtol=1e-5, atol=1e-8)
+
+def test_roll_density_and_its_bound():
+    """The density is scikit-learn's; with the true moments K is below -H(X), and near it if T is large."""
+    density, x0 = sohl.roll_density(0.5), sohl.draw_roll(20000, 0.5, 0)
+    assert x0.mean(0).abs().max() < 0.03 and (x0.var(0) - 1).abs().max() < 0.03
+    bits = log_q(density, x0[:2000]) / math.log(2)
+    assert agree(bits, sohl.negative_entropy(density))
+    for beta, least in ((sohl.start_beta("learned", 200), -0.2), (SCHEDULES["cosine"](40)[1:], -9)):
+        s = Schedule(torch.cat([torch.zeros(1), beta]))
+        K_of = partial(sohl.evaluate, sohl.GAUSSIAN, s, moments := partial(sohl.exact_moments, density))
+        K, taken = K_of(x0[:500])
+        _, entropies = sohl.bound(sohl.GAUSSIAN, s, moments, x0[:1], torch.tensor([2]))
+        assert K.mean().item() == pytest.approx((entropies - taken.sum()).item(), rel=1e-9)
+        assert K_of(x0[:500])[0].equal(K) and not K_of(x0[:500], 2)[0].equal(K)  # its own seed
+        gain = K - bits[:500]  # each K estimates a bound on its own log q(x_0)
+        assert least < gain.mean() < 4 * gain.std() / 500 ** 0.5
+        assert len(taken) == s.T - 1 and taken.min() > -0.01
+
+def test_posterior_sampler_on_a_gaussian():
+    """p = N(0, I), r = N(y; x_0, 1 / precision): p r / Z = N(a y, 1 - a), a = precision / (1 + precision)."""
+    torch.manual_seed(0)
+    s, y, precision = make_schedule("cosine", 100), torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.0])
+    moments = partial(sohl.given, gaussian_moments, y, precision)
+    *_, (t, x) = sohl.reverse(sohl.GAUSSIAN, s, moments, randn(20000, 2))
+    assert t == 0 and ((x.mean(0) - torch.tensor([0.75, 0.0])).abs() < 0.03).all()
+    assert ((x.var(0) - torch.tensor([0.25, 1.0])).abs() < 0.04).all()
+    s = make_schedule("constant", 5)  # the last step is a forward step: x_0 keeps √α_1 of x_1
+    *_, (_, x_1), (_, x) = sohl.reverse(sohl.GAUSSIAN, s, gaussian_moments, randn(20000, 2))
+    assert (x * x_1).mean() == pytest.approx(s.alpha[1].sqrt().item(), abs=0.03) and abs(x.var() - 1) < 0.03
+
+def test_samplers_keep_no_graph():
+    graphs, net = [], sohl.RollNet(sohl.start_beta("learned", 5), True, 8)
+    def moments(xt, alpha_bar):
+        graphs.append(net(xt, alpha_bar)[0].requires_grad)
+        return net(xt, alpha_bar)
+    s = sohl.schedule_of(net)
+    for _ in sohl.reverse(sohl.GAUSSIAN, s, moments, randn(3, 2)):
+        assert torch.is_grad_enabled()
+    assert graphs == [False] * 4
+    sohl.evaluate(sohl.GAUSSIAN, s, moments, randn(3, 2))
+    sohl.entropy_of_step(sohl.GAUSSIAN, s, moments, randn(3, 2), torch.tensor([2, 3, 4]))
+    assert not any(graphs)
+
+def test_binomial_bound_by_enumeration(monkeypatch):
+    """Eq. (14) against its definition, K = E_q log p(x_T) Π p(x_{t-1} | x_t) / q(x_t | x_{t-1}), over the
+    states of two bits, and q(x_{t-1} | x_t, x_0) against Bayes' rule.  Tables: [x_t, x_{t-1}, x_0]"""
+    monkeypatch.setattr(sohl, "RHO", rho := 0.5)  # the rate of these data, as 0.2 is the heartbeats'
+    s, bit = make_schedule("inverse", 3), torch.tensor([0.0, 1.0]).double()
+    states = torch.cartesian_prod(bit, bit)
+    data = states[1:3]  # (0, 1) and (1, 0)
+    def B(x, rate):
+        return torch.where(x == 1, rate, 1 - rate).prod(-1)
+    def table(p):  # probabilities of the states, rows, by each of a batch of distributions
+        return p.log_prob(states[:, None]).exp()
+    def predict(xt, alpha_bar):
+        w = B(xt[:, None], alpha_bar[0] * (data - rho) + rho)
+        return w / w.sum(1, keepdim=True) @ data
+    K, eq14, bands = 0, 0, []
+    jump = torch.eye(4)[:, 1:3].double()  # q(x_t | x_0), from t = 0
+    for t in (1, 2, 3):
+        ts, q = torch.full((4,), t), B(states[:, None], (1 - s.beta[t]) * states + s.beta[t] * rho)
+        joint = q[..., None] * jump  # q(x_t, x_{t-1} | x_0)
+        p = q  # under the noise, the step t = 1 is its own reverse
+        if t > 1:
+            bayes = joint / joint.sum(1, keepdim=True)
+            for k in (0, 1):
+                for f in (sohl.binomial_posterior, sohl.binomial_p):
+                    assert table(f(s, states, ts, data[[k] * 4])).allclose(bayes[..., k].T)
+            p = table(sohl.binomial_p(s, states, ts, predict(states, extract(s.alpha_bar, ts, states))))
+            eq14 -= (joint * (bayes / p.T[..., None]).log()).sum() / 2
+            both = joint.mean(2)  # q(x_t, x_{t-1})
+            known = -(both * (both / both.sum(1, keepdim=True)).log2()).sum()
+            x0 = data.repeat(20000, 1)
+            torch.manual_seed(0)
+            many = torch.full((len(x0),), t)
+            left, middle, right = sohl.entropy_of_step(sohl.BINOMIAL, s, predict, x0, many)
+            ours = -(both.sum(1) * (p.T * p.T.log2()).sum(1)).sum()
+            bands.append((left.mean(), known, ours, right.mean()))
+            H = [-(v * v.log2()).sum(0).mean() for v in (q[..., None] * torch.ones(2), jump, q @ jump)]
+            assert agree(middle, ours) and agree(right, H[0]) and agree(left, H[0] + H[1] - H[2])
+        K += (joint * (p.T / q).log()[..., None]).sum() / 2
+        jump = q @ jump
+        assert table(sohl.binomial_q(data, s.alpha_bar[torch.tensor([[t]])])).allclose(jump)
+    assert all(left < known < ours < right + 1e-9 for left, known, ours, right in bands)
+    K += (jump.mean(1) * B(states, torch.full_like(states, rho)).log()).sum()
+    entropies = sohl.bound(sohl.BINOMIAL, s, predict, data, torch.tensor([3, 3]))[1].mean() * math.log(2)
+    assert (eq14 + entropies).item() == pytest.approx(K.item(), rel=1e-9) and K <= -math.log(2) + 1e-12
+    torch.manual_seed(0)
+    estimate, _ = sohl.evaluate(sohl.BINOMIAL, s, predict, data.repeat(20000, 1))
+    assert agree(estimate * math.log(2), K)
+
+@every_schedule
+def test_entropies_of_steps_of_a_gaussian(name):
+    """Eq. (24) where all is known: x_0 ~ N(0, diag(v)), so x_{t-1} given x_t is Gaussian."""
+    s, v = make_schedule(name, 30), torch.tensor([1.0, 0.3, 0.01]).double()
+    def moments(xt, alpha_bar):
+        gain = alpha_bar.sqrt() * v / (alpha_bar * v + 1 - alpha_bar)
+        return gain * xt, torch.diag_embed(v * (1 - alpha_bar.sqrt() * gain))
+    def H(variance):
+        return (2 * math.pi * math.e * variance * torch.ones(3).double()).log2().sum() / 2
+    x0 = randn(50, 3) * v.sqrt()
+    for t in range(2, 31):
+        ts = torch.full((50,), t)
+        left, ours, right = (h.double() for h in sohl.entropy_of_step(sohl.GAUSSIAN, s, moments, x0, ts))
+        before = s.alpha_bar[t - 1] * v + 1 - s.alpha_bar[t - 1]  # the variance of x_{t-1}
+        now = s.alpha_bar[t] * v + 1 - s.alpha_bar[t]
+        known = H(s.beta[t] * before / now)  # the variance of x_{t-1} given x_t
+        assert ours.allclose(known, atol=1e-9)
+        assert right.allclose(H(s.beta[t]), atol=1e-9) and left.allclose(H(s.beta_tilde[t]), atol=1e-9)
+        assert (left <= known).all() and (known <= right).all()
+        drawn = randn(5000, 3, seed=t) * v.sqrt()
+        kl, _ = sohl.bound(sohl.GAUSSIAN, s, moments, drawn, torch.full((5000,), t))
+        assert agree(kl, (known - left[0]).item())  # the KL is the distance from the left, as p is exact
+
+def test_valid_share():
+    good = sohl.HEARTBEATS[[0, 1, 4, 4]]
+    assert sohl.valid_share(good) == 1
+    for i in (0, 7, 19):  # one wrong bit, either way
+        bad = good.clone()
+        bad[1, i] = 1 - bad[1, i]
+        assert sohl.valid_share(bad) == 0.75
+    assert sohl.valid_share(torch.zeros(3, 20).double()) == sohl.valid_share(torch.ones(3, 20).double()) == 0
+    assert sohl.valid_share(torch.cat([good, bad])) == 7 / 8
+    assert sohl.HEARTBEATS.sum(1).eq(4).all() and sohl.HEARTBEATS[:, :15].equal(sohl.HEARTBEATS[:, 5:])
+
+def test_wasserstein():
+    a = randn(500, 2)
+    assert sohl.wasserstein(a, a[torch.randperm(500)]) == 0
+    assert sohl.wasserstein(a, a + torch.tensor([0.1, -0.7])) == pytest.approx(0.7)
+    assert sohl.wasserstein(a, (a + 0.2)[:100]) < 0.5
+
+def test_sohl_trains_by_train_step():
+    flags = "--quick --steps=6 --T=5 --num-samples=2000 --out=a"
+    run(sohl, flags)
+    args = args_of(sohl, flags)
+    torch.manual_seed(args.seed)
+    net = sohl.RollNet(sohl.start_beta(args.schedule, args.T), True, args.width)
+    data = sohl.draw_roll(400_000, args.noise, args.seed + 1)
+    opt = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), maximize=True)
+    for step in range(6):
+        opt.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * step / 6)) / 2
+        sohl.train_step(sohl.GAUSSIAN, net, opt, data[torch.randint(len(data), (args.batch,))])
+    assert_close(read("a/checkpoint.pt")["net"], net.state_dict(), rtol=0, atol=0)
+
+@pytest.mark.parametrize("scale", [1, 100])  # 100: data so wide that the gradient is clipped
+def test_train_step_written_out(scale):
+    def start():
+        torch.manual_seed(0)
+        net, x0 = sohl.RollNet(sohl.start_beta("learned", 10), True, 8), scale * sohl.draw_roll(64, 0.1, 0)
+        return net, torch.optim.Adam(net.parameters(), 0.01, maximize=True), x0
+    net, opt, x0 = start()
+    K = sohl.train_step(sohl.GAUSSIAN, net, opt, x0)
+    other, _, x0 = start()
+    t = torch.randint(2, 11, (64,))
+    assert t.min() == 2 and t.max() == 10
+    s = Schedule(torch.cat([torch.zeros(1).double(), other.logits.sigmoid()]))
+    kl, entropies = sohl.bound(sohl.GAUSSIAN, s, other, x0, t)
+    K_other = entropies.mean() - 9 * kl.mean()
+    assert K.item() == pytest.approx(K_other.item(), rel=1e-12) and not K.requires_grad
+    names, parameters = zip(*other.named_parameters())
+    gradients = list(torch.autograd.grad(K_other, parameters))
+    gradients[names.index("logits")][0] = 0  # β_1 is fixed
+    norm = sum(g.double().square().sum() for g in gradients).sqrt()
+    assert (norm > 100) == (scale == 100)
+    for name, before, g in zip(names, parameters, gradients):
+        g = g * min(1, 100 / (norm.item() + 1e-6))
+        after = before + 0.01 * g / (g.abs() + 1e-8)  # Adam's first step; up: gradient ascent
+        assert net.get_parameter(name).allclose(after, atol=1e-6), name
+        assert net.get_parameter(name).grad.allclose(g, rtol=1e-4, atol=1e-7), name
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(FloatingPointError):
+        sohl.train_step(sohl.GAUSSIAN, net, opt, math.nan * x0)
+    assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+def sohls_first_act_on(kind, s, make, device):
+    """Every function of the first act, on a device: nothing of another in the middle of a formula."""
+    s.to(device)
+    with torch.device(device):
+        net, x0 = make(s.beta[1:]), (torch.rand(4, 20 if kind is sohl.BINOMIAL else 2) > 0.5).double()
+        t = torch.randint(2, 6, (4,))
+    kl, entropies = sohl.bound(kind, s, net, x0, t)
+    if device == "meta":  # autograd asks a driver about fake ones
+        (entropies - kl).mean().backward()
+    outputs = [kl, entropies, *sohl.entropy_of_step(kind, s, net, x0, t)]
+    outputs += [x for _, x in sohl.reverse(kind, s, net, x0)]
+    ab = extract(s.alpha_bar, t, x0)
+    if kind is sohl.GAUSSIAN:
+        y, precision = torch.zeros(2).to(x0), torch.ones(2).to(x0)
+        outputs += [*sohl.given(net, y, precision, x0, ab), sohl.score(net(x0, ab)[0], x0, ab)]
+    assert all(x.device.type == device and x.dtype == torch.float64 for x in outputs)
+
+@pytest.mark.parametrize("kind, make", [(sohl.GAUSSIAN, partial(sohl.RollNet, width=8)),
+                                        (sohl.BINOMIAL, partial(sohl.HeartbeatNet, width=8))])
+def test_no_device_is_mixed(kind, make):
+    sohls_first_act_on(kind, make_schedule("cosine", 6), make, "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        s = Schedule.__new__(Schedule)
+        s.T = 6
+        for name in ("beta", "alpha", "alpha_bar", "snr", "beta_tilde"):
+            setattr(s, name, torch.rand(7, dtype=torch.float64))
+        sohls_first_act_on(kind, s, make, "cuda")
+
+def test_sohl_quick(quick):
+    (out, roll, _), (_, heartbeat, _) = quick(sohl), quick(sohl, HEARTBEAT)
+    assert -6 < roll["K_bits"] < roll["ceiling_bits"] == pytest.approx(2.703, abs=0.001)
+    assert roll["K_minus_L_null_bits"] == pytest.approx(roll["K_bits"] + 4.094, abs=0.001)
+    assert heartbeat["K_bits_per_sequence"] < heartbeat["true_bits_per_sequence"]
+    assert heartbeat["L_null_bits"] == pytest.approx(20 * (0.2 * math.log2(0.2) + 0.8 * math.log2(0.8)))
+    assert 0 <= heartbeat["valid_share"] <= 1
+    told = {f"score_error_t{t}" for t in (2, 10, 20, 30, 40)} | {f"K_ideal_bits_{s}" for s in SCHEDULES}
+    assert told <= roll.keys()
+    moved = read(out / "checkpoint.pt")["net"]["logits"] - sohl.start_beta("learned", 40).logit()
+    assert moved[0] == 0 and (moved[1:] != 0).all()  # every β learns, but the first
+
+def test_what_sohl_measures(monkeypatch):
+    """K's mean and standard error over fresh data, on which the network is not trained."""
+    seeds, evaluated, draw, evaluate = [], [], sohl.draw_roll, sohl.evaluate
+    monkeypatch.setattr(sohl, "draw_roll", lambda *args: seeds.append(args[::2]) or draw(*args))
+    def record(*args):
+        evaluated.append(evaluate(*args)[0])
+        return evaluate(*args)
+    monkeypatch.setattr(sohl, "evaluate", record)
+    m = run(sohl, "--quick --steps=2 --T=5 --seed=3 --num-samples=2000 --out=a")
+    assert seeds == [(400_000, 4), (2000, 5), (2_000_000, 1)]
+    K = evaluated[0]
+    assert len(K) == 2000 and m["K_bits"] == K.mean()
+    assert m["K_stderr_bits"] == pytest.approx(K.std().item() / 2000 ** 0.5)
+    assert m["network_loses_bits"] == pytest.approx((evaluated[1] - evaluated[2]).mean().item())
+
+# --------------------------------------------------------------------------------- whole runs of every script
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """quick(script, flags): the folder that --quick has filled, its numbers, and its words. Each is run once."""
+    @cache
+    def once(script, flags=""):
+        if "mnist" in flags:
+            write_mnist()
+        out = tmp_path_factory.mktemp("quick") / "out"
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            return out, run(script, f"--quick --out={out} {flags}"), told
+    return once
+
+@pytest.fixture
+def fails(capsys):
+    """fails(script, flags, pattern): a run ends with status 2, one such line, no usage, and no folder."""
+    def check(script, flags, pattern):
+        before = sorted(Path().rglob("*"))
+        with pytest.raises(SystemExit) as e:
+            run(script, flags)
+        err = capsys.readouterr().err
+        line, = [line for line in err.splitlines() if "error: " in line]
+        assert e.value.code == 2 and line.startswith("error: ") and re.search(pattern, line), line
+        assert "usage" not in err and sorted(Path().rglob("*")) == before
+    return check
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Where they are not what is tested: empty files in their place, in a tenth of the time."""
+    for script in (ddpm, cfg):
+        monkeypatch.setattr(script, "draw_rows", lambda path, *_: path.touch())
+    monkeypatch.setattr(ddpm, "draw_all", lambda *_: None)
+    monkeypatch.setattr(sohl, "roll_experiments", lambda *_: {})
+
+MNIST = "--dataset=mnist --data-dir=mnist --steps=3"
+SMALL_MNIST = f"{MNIST} --channels=8 --num-samples=70"
+TWO_CLASSES = "--num-samples=5 --sampling-steps=2 --w=2 --classes=3,7"
+ANY_KEYS = "script dataset seed device torch steps params seconds_train seconds_total "
+DDPM_KEYS = ANY_KEYS + "loss frechet frechet_floor confident_share rarest_class_share images_per_second"
+DDPM_FILES = "samples.npz samples.png progressive.png reverse.gif loss.png weights.pt training.png"
+CFG_KEYS = ANY_KEYS + "frechet_floor label_accuracy_real"
+CFG_FILES = "samples.npz samples.png weights.pt classifier.pt training.png"
+SOHL_KEYS = ANY_KEYS + "L_null_bits K_stderr_bits "
+
+@pytest.mark.parametrize("script, flags, keys, written, again", [
+    (ddpm, "", DDPM_KEYS, DDPM_FILES, "--num-samples=100"),
+    (ddpm, SMALL_MNIST, DDPM_KEYS, DDPM_FILES, "--num-samples=70"),
+    (cfg, "", CFG_KEYS, CFG_FILES + " tradeoff.png", "--num-samples=100"),
+    (cfg, f"{MNIST} {TWO_CLASSES}", ANY_KEYS, CFG_FILES, TWO_CLASSES),
+    (sohl, "", SOHL_KEYS + "ceiling_bits", "bound.png swiss_roll.png posteriors.png reverse.gif", ""),
+    (sohl, HEARTBEAT, SOHL_KEYS + "valid_share", "", "")])
+def test_quick_run_and_the_same_from_its_checkpoint(quick, script, flags, keys, written, again, capsys):
+    out, m, told = quick(script, flags)
+    config, told = m["config"], told.getvalue()
+    assert m == json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert set(keys.split()) <= m.keys() and files(out) == {"metrics.json", "checkpoint.pt", *written.split()}
+    assert f"--checkpoint {out}/checkpoint.pt\n" in told
+    assert f"{script.__name__}.py --resume --out {out} --steps {2 * config['steps']}\n" in told
+    # From the file alone, where no data are, the same numbers and images come back.
+    shutil.rmtree("mnist", ignore_errors=True)
+    again = run(script, f"--checkpoint={out}/checkpoint.pt --out=again {again}")
+    assert ("nothing to compare samples with" in capsys.readouterr().out) == ("mnist" in flags)
+    timed = {key for key in m if "second" in key}
+    same = again.keys() - timed - {"config"}
+    assert all(again[k] == m[k] for k in same)
+    assert ("frechet_floor" in same) == (script is not sohl and not flags)
+    of_training = {"checkpoint.pt", "weights.pt", "training.png", "classifier.pt"}
+    assert files(out) - files("again") == files(out) & of_training
+    drawn = args_of(script, f"--checkpoint={out}/{'checkpoint' if script is sohl else 'weights'}.pt")
+    assert drawn.out == f"runs/{script.__name__}-{m['dataset']}-samples" and not drawn.quick
+    resumed = vars(args_of(script, f"--resume --out={out}"))  # what a run was told is told once
+    kept = {"T", "steps", "schedule", "lr", "batch", "dataset", "data_dir", "noise"}
+    assert all(resumed[k] == config[k] for k in config.keys() & kept)
+    if script is sohl:
+        assert f"T = {config['T']}, schedule {config['schedule']}\n" in told and f"results in {out}\n" in told
+        return
+    assert re.search(r"(1347|150) images of 10 classes, (450|150) held out; .* cpu, float32\n", told)
+    epochs = config["steps"] * config["batch"] / (150 if flags else 1347)
+    assert f"{config['steps']} steps of {config['batch']} ({epochs:.1f} epochs)" in told
+    arrays, others = (np.load(folder / "samples.npz") for folder in (out, Path("again")))
+    assert all(np.array_equal(arrays[k], others[k]) for k in arrays) and drawn.num_samples == 64
+    n, side, images = config["num_samples"], 28 if flags else 8, arrays["arr_0"]
+    assert images.shape == (n, side, side, 1) and images.dtype == np.uint8 and images.std() > 0
+    assert script is ddpm or arrays["arr_1"].tolist() == ([3, 7] * n if flags else list(range(10)) * n)[:n]
+    assert (out / "weights.pt").stat().st_size < (out / "checkpoint.pt").stat().st_size / 5
+
+@both
+def test_numbers_of_a_quick_run(quick, script):
+    """Computed once more from what it has left: judge, samples and checkpoint."""
+    (out, m, _), (train, held_out, _) = quick(script), ddpm.load_data("digits", "")
+    losses, loaded = read(out / "checkpoint.pt")["losses"], np.load(out / "samples.npz")
+    images, judge = torch.tensor(loaded["arr_0"]).permute(0, 3, 1, 2), ddpm.train_judge(*train, 10, 30, 0)
+    f, f_held = ddpm.features_of(judge, images), ddpm.features_of(judge, held_out[0])
+    floor = ddpm.frechet_distance(ddpm.features_of(judge, ddpm.some_of(train[0], 100, 0)), f_held)
+    assert len(losses) == 30 and (losses > 0).all() and m["frechet_floor"] == pytest.approx(floor, rel=1e-4)
+    kept = m if script is ddpm else m["sweep"][1]  # the samples of w = 0
+    assert kept["frechet"] == pytest.approx(ddpm.frechet_distance(f, f_held), rel=1e-4)
+    if script is ddpm:
+        assert m["loss"] == losses[-1].item() < 0.9
+        assert m["images_per_second"] == pytest.approx(30 * 128 / m["seconds_train"])
+        return
+    scores = cfg.class_scores(judge[1](f).double().log_softmax(1), torch.tensor(loaded["arr_1"]))
+    assert {key: kept[key] for key in scores} == {key: pytest.approx(scores[key], rel=1e-4) for key in scores}
+    for sweep in (m["sweep"], m["sweep_classifier"]):
+        assert [row["w"] for row in sweep] == [-1, 0, 0.5, 1, 2, 4]
+        assert all({"w", "frechet", "classifier_score", "label_accuracy"} == row.keys() for row in sweep)
+        assert all(1 <= row["classifier_score"] <= 10 for row in sweep)
+    assert m["sweep"][0] == m["sweep_classifier"][0]  # w = -1: the unconditional model, twice
+    assert m["sweep"][5] != m["sweep_classifier"][5]
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("script, flags", [
+    (ddpm, "--experiments"), (ddpm, "--sampler=langevin --no-bf16"), (ddpm, "--predict=mu --loss=vlb"),
+    (ddpm, "--compile"), (cfg, "--guidance free classifier both"), (sohl, ""), (sohl, HEARTBEAT)])
+def test_on_a_gpu(script, flags):
+    run(script, f"--quick --device=cuda --out=a --steps=10 {flags}")
+    run(script, "--device=cuda --out=a --resume --steps=12")
+    m = run(script, f"--device=cuda --checkpoint=a/checkpoint.pt --out=b {FEW[script]}")
+    assert m["steps"] == 12 and m["device"].startswith("cuda")
+
+@both
+def test_bfloat16_and_compile(no_pictures, script, monkeypatch):
+    """--bf16 on a CPU: from the first loss on other numbers; --compile: both nets."""
+    dtypes, compiled = [], []
+    forward = script.Attention.forward
+    monkeypatch.setattr(script.Attention, "forward",
+                        lambda self, h: dtypes.append(h.dtype) or forward(self, h))
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    for flag in ("--bf16", ""):
+        run(script, f"--quick --steps=3 --channels=8 {FEW[script]} {flag} --compile --out=a{flag}")
+        assert set(dtypes) == {torch.bfloat16 if flag else torch.float32}
+        dtypes.clear()
+    assert len(compiled) == 4 and len({id(net) for net in compiled}) == 4
+    a, b = read("a/checkpoint.pt"), read("a--bf16/checkpoint.pt")
+    assert a["losses"].allclose(b["losses"], rtol=0.05) and not torch.equal(a["losses"], b["losses"])
+    assert all(v.dtype == torch.float32 for v in b["net"].values())
+
+def assert_one_run(a, b):
+    """Two checkpoints are the same, bit for bit, but for the clock."""
+    a, b = read(a), read(b)
+    for key in {"net", "ema", "optimizer", "random", "losses", "step"} & a.keys():
+        assert_close(a[key], b[key], rtol=0, atol=0)
+
+@pytest.mark.parametrize("script, loss, flags, planned, name", [
+    (ddpm, "l_simple", "--channels=8 --dropout=0.1 --flip", 32, "checkpoint.pt"),
+    (cfg, "l_cfg", "--channels=8", 32, "checkpoint.pt"),
+    (cfg, "l_classifier", "--channels=8 --guidance both", 12, "classifier.pt"),
+    (ddpm, "vlb_term", "--channels=8 --loss=vlb --predict=mu", 32, "checkpoint.pt"),
+    (sohl, "bound", "--T=5", 12, "checkpoint.pt"),
+    (sohl, "bound", "--dataset=heartbeat --T=5", 12, "checkpoint.pt")])
+def test_stopped_and_resumed_is_one_run_and_never_lost(monkeypatch, capsys, fails, no_pictures, script, loss,
+                                                       flags, planned, name):
+    """Ctrl-C in step 5 ends in pictures and a checkpoint, from which the rest is bitwise the same."""
+    own = "" if script is sohl else "--warmup=4 --no-decay-lr"
+    flags = f"--quick {own} {FEW[script]} {flags}"
+    m = run(script, f"{flags} --steps=12 --out=a")
+    assert "frechet" not in m  # of so few samples
+    calls, original = [], getattr(script, loss)
+    def interrupted(*args, **named):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **named)
+    monkeypatch.setattr(script, loss, interrupted)
+    m = run(script, f"{flags} --steps={planned} --out=b")
+    assert read(f"b/{name}")["step"] == 5 and m["steps"] == read("b/checkpoint.pt")["step"]
+    assert f"stopped at step 5 of {planned}; --resume" in capsys.readouterr().out and files("a") == files("b")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert getattr(args_of(script, "--resume --out=b --steps=12"), "warmup", 4) == 4
+    torch.save(read(f"b/{name}") | {"seconds": 1000.0}, f"b/{name}")
+    few = FEW[script].replace("--guidance=free", "")  # which the checkpoint knows
+    m = run(script, f"--resume --steps=12 --out=b {few}")
+    assert (m["seconds_train"] > 1000) == (name == "checkpoint.pt") and read(f"b/{name}")["seconds"] > 1000
+    assert_one_run(f"a/{name}", f"b/{name}")
+    trained = Path("b/checkpoint.pt").read_bytes()
+    if "heartbeat" not in flags:  # its sigmoids keep everything finite
+        fails(script, "--resume --steps=30 --lr=1e30 --out=b", "no longer finite.*smaller --lr")
+    for _ in range(2):  # nothing is overwritten: it is kept as b-1, two runs later too
+        run(script, f"{flags} --steps=1 --out=b")
+    assert Path("b-1/checkpoint.pt").read_bytes() == trained and read("b-2/checkpoint.pt")["step"] == 1
+    assert len(list(Path().glob("b*"))) == 3 and not list(Path().rglob("*.tmp"))
+
+KILLED = """
+import importlib, itertools, os, sys, types
+script = importlib.import_module(sys.argv[1])
+clock, replace, saves = itertools.count(0, 100), os.replace, []
+script.time = types.SimpleNamespace(time=lambda: next(clock))  # more than a minute passes in every step
+def replace_or_die(a, b):
+    saves.append(b)
+    if len(saves) == 4:
+        os.kill(os.getpid(), 9)
+    replace(a, b)
+os.replace = replace_or_die
+script.main(script.get_args(sys.argv[2:]))"""
+
+def test_processes(monkeypatch, fails):
+    """torchrun's two train as one does, in a console of Windows; kill -9 while saving loses one step."""
+    flags = "--quick --channels=8 --flip --steps=5 --batch=8 --num-samples=4 --device=cpu"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+    shell = partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    of = {ddpm: flags, cfg: f"{flags} --guidance=free --w=1", sohl: f"--quick --steps=5 --T=5 {FEW[sohl]}"}
+    jobs = {script: shell([*torchrun, script.__file__, *of[script].split(), f"--out={script.__name__}"])
+            for script in (ddpm, cfg)}
+    killed = {script: shell([sys.executable, "-c", KILLED, script.__name__, *of[script].split(),
+                             f"--out=killed-{script.__name__}"]) for script in (ddpm, sohl)}
+    for script in (ddpm, cfg, sohl):
+        run(script, f"{of[script]} --out=one-{script.__name__}")
+    for script, job in jobs.items():
+        out, _ = job.communicate(timeout=200)
+        assert job.returncode == 0, out
+        one, two = (read(f"{folder}{script.__name__}/checkpoint.pt") for folder in ("one-", ""))
+        for key in ("net", "ema"):
+            assert all(one[key][name].allclose(two[key][name], atol=1e-4) for name in one[key])
+    for script, job in killed.items():
+        out, _ = job.communicate(timeout=200)
+        file = f"killed-{script.__name__}/checkpoint.pt"
+        assert job.returncode == -9 and read(file)["step"] == 3, out
+        run(script, f"--resume --out=killed-{script.__name__} {FEW[script]}")
+        assert_one_run(f"one-{script.__name__}/checkpoint.pt", file)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for script in (ddpm, cfg):
+        fails(script, "--batch=64", "3, the number of processes")
+
+def test_a_folder_of_images_with_every_experiment_then_guidance():
+    write_images(*(f"images/{name}/{i}.png" for name in "abc" for i in range(13)))
+    size = "--quick --dataset=images --image-size=8x16 --multipliers 1 2 --attention 4 --channels=8"
+    m = run(ddpm, f"{size} --experiments --T=20 --predict=x0 --sampling-steps=4")
+    out = Path("runs/ddpm_ho_2020-images-quick")
+    for name in ("rate_distortion", "interpolation", "inpainting", "samples"):
+        assert (out / f"{name}.png").stat().st_size > 1000
+    assert m["bits_per_dim"] > m["bits_per_dim_rate"] > m["bits_per_dim_L_T"] > 0
+    assert m["inpainting_rmse_nearest"] < 10 < m["inpainting_rmse_RePaint"]  # an image has nearly one grey
+    assert {f"inpainting_kept_{name}" for name in ("RePaint", "nearest")} <= m.keys()
+    assert "frechet" not in m  # with three images held out
+    flags = "--sampler=langevin --sampling-steps=3 --num-samples=4 --out=langevin"
+    assert run(ddpm, f"--checkpoint={out}/weights.pt {flags}")["dataset"] == "images"
+    run(cfg, f"{size} --steps=3 {FEW[cfg]}")
+    arrays = np.load("runs/ddpm_conditional_cfg-images-quick/samples.npz")
+    assert arrays["arr_0"].shape == (10, 8, 16, 3) and arrays["arr_1"].tolist() == [0, 1, 2] * 3 + [0]
+    assert read("runs/ddpm_conditional_cfg-images-quick/checkpoint.pt")["names"] == ["a", "b", "c"]
+
+# ---------------------------------------------------------------------------------------- flags, and mistakes
+
+@both
+def test_flags(script, monkeypatch):
+    monkeypatch.setattr(script, "open_device", torch.device)  # nothing is opened
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    def get(flags):
+        return script.get_args(flags.split())
+    for capability, device, flag, bf16 in (  # noqa: B007
+            ((7, 5), "cuda", "", False), ((8, 0), "cuda", "", True), ((9, 0), "cuda", "", True),
+            ((9, 0), "cuda", "--no-bf16", False), ((9, 0), "cpu", "", False),
+            ((7, 5), "cpu", "--bf16", True)):
+        assert get(f"--device={device} {flag}").bf16 == bf16
+    for flags, steps, warmup in (
+            ("--dataset=mnist --device=cpu", 4200, 200), ("--dataset=mnist --device=cuda", 20_000, 200),
+            ("--dataset=mnist --device=mps", 20_000, 200),
+            ("--dataset=mnist --device=mps --steps=7", 7, 1), ("--dataset=cars --steps=60", 60, 6),
+            ("--dataset=cars --steps=60 --warmup=5000", 60, 5000), ("--dataset=cars", 100_000, 5000),
+            ("--dataset=cifar10", 800_000, 5000), ("--quick --device=cuda --dataset=mnist", 30, 3)):
+        args = get(flags)
+        assert (args.steps, args.warmup) == (steps, warmup), flags
+    for flags, attention in (  # the preset's, where a level has it
+            ("", [4]), ("--multipliers 1", []), ("--multipliers 1 --attention 4", [4]),
+            ("--dataset=mnist", [7]), ("--dataset=cars", [16]), ("--dataset=cars --image-size=48x64", [])):
+        assert get(flags).attention == attention, flags
+    assert get("--image-size=48x64").image_size == [48, 64] and get("--image-size=32").image_size == [32, 32]
+    for dataset, shape in (("digits", (1, 8, 8)), ("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)),
+                           ("cars", (3, 64, 64))):
+        with torch.device("meta"):
+            net = script.make_eps_theta(get(f"--dataset={dataset}"), shape)
+        params = sum(p.numel() for p in net.parameters()) - (0 if script is ddpm else net.label.weight.numel())
+        assert dataset != "cifar10" or params == 35_746_307  # the paper's network
+
+@pytest.mark.parametrize("script, flags, defaults", [
+    (ddpm, "--dataset=mnist", "4200 200 100 64"), (cfg, "--dataset=mnist", "4200 200 50 64"),
+    (sohl, "", "6000 0.004 100000 40 learned"), (sohl, "--dataset=heartbeat", "8000 0.01 2000 inverse")])
+def test_help_and_default_folders(script, flags, defaults, monkeypatch, capsys):
+    texts, add = {}, argparse._ActionsContainer.add_argument
+    def recorded(self, *names, **options):
+        texts[names[-1]] = options.get("help")
+        return add(self, *names, **options)
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", recorded)
+    with pytest.raises(SystemExit, match="0"):
+        args_of(script, f"{flags} --help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert len(texts) > 13 and all(texts.values()) and (script is sohl or "(paper: 800000)" in shown)
+    assert all(f"(default: {value})" in shown for value in defaults.split())
+    first = "swiss_roll" if script is sohl else "digits"
+    out = f"runs/{script.__name__}-{flags.partition('=')[2] or first}"
+    assert args_of(script, flags).out == out and args_of(script, f"{flags} --quick").out == out + "-quick"
+    assert args_of(script, f"{flags} --quick --out=x").out == "x"
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+@every
+def test_checkpoints_that_are_none_are_named(quick, fails, script):
+    out, file = quick(script)[0], Path("checkpoint.pt")
+    whole, state = (out / "checkpoint.pt").read_bytes(), read(out / "checkpoint.pt")
+    none = rf"no checkpoint of {script.__name__}\.py at .*checkpoint\.pt: "
+    foreign = cfg if script is ddpm else ddpm
+    lacking = {key: {k: v for k, v in state.items() if k != key} for key in state}
+    parts = ("net", "config") if script is sohl else ("ema", "names")
+    for content, pattern in ((None, "missing"), (b"", "truncated"), (b"text", "truncated"),
+                             ([1], "another script"), (whole[:20_000], "truncated"),
+                             (state | {"script": foreign.__name__}, "another script"),
+                             (state | {"step": Evil()}, "missing, truncated or another"),
+                             *((lacking[part], "lacks a part") for part in parts)):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        elif content:
+            torch.save(content, file)
+        for flags in ("--checkpoint=checkpoint.pt", "--resume --out=."):
+            fails(script, flags, none + ".*" + pattern)
+    assert not Path("pwned").exists()
+    if script is not sohl:
+        for weights in (lacking["optimizer"], read(out / "weights.pt")):
+            torch.save(weights, file)
+            fails(script, "--resume --out=.", "not a run to resume")
+    fails(script, f"--checkpoint={quick(foreign)[0]}/checkpoint.pt", "another script")
+
+OF_ALL = {
+    "--schedule=liner": "liner.*cosine", "--device=tpu": "tpu", "--device=cuda:7": "--device cuda:7: ",
+    "--device=cuda": "--device cuda: ", "--device=mps": "--device mps: ", "--T=1": "--T",
+    "--seed=-2": "--seed", "--steps=0": "--steps.*0 is not between 1", "--T=1.5": "--T.*invalid int",
+    "--lr=-1": "--lr", "--lr=nan": "--lr", "--lr=x": "--lr.*float", "--batch=0": "--batch", "--seed=5000000000": "--seed",
+    "--checkpoint=FILE --resume": "not allowed with", "--out=file": "--out file", "--bogus": "--bogus",
+    "--out=file/a": "--out file/a", "--resume --out=empty": "missing", "--num-samples=0": "--num-samples"}
+OF_IMAGES = {
+    "--dataset=mnits": "mnits.*digits.*cifar10", "--dataset=empty": "0 readable images.*nothing",
+    "--dataset=one": "1 readable images", "--dataset=broken": "0 readable images.*a.jpg",
+    "--dataset=cars --data-dir=empty": "in empty.*nothing.*stanford_cars",
+    "--dataset=mnist --data-dir=file": "needs MNIST.*--dataset digits", "--sampler=x": "--sampler.*ddim",
+    "--image-size=0": "--image-size", "--image-size=abc": "--image-size.*abc", "--ema=2": "--ema",
+    "--image-size=8x9x10": "--image-size: 8x9x10 is not a size", "--learning=1": "--learning",
+    "--dropout=-0.1": "--dropout", "--attention=5": r"attention at \[5\].*\[8, 4\]",
+    "--channels=10": "--channels", "--multipliers 1 1 1 1 1": "8x8.*16 divides",
+    "--checkpoint=FILE --channels=32": "size mismatch",
+    "--checkpoint=FILE --dataset=images": "draws.*8, 8.*has"}
+MISTAKES = {
+    ddpm: OF_ALL | OF_IMAGES | {
+        "--predict=v": "--predict.*mu", "--experiments --checkpoint=MNIST": "held-out images: --data-dir",
+        "--p-uncond=0.1": "--p-uncond"},
+    cfg: OF_ALL | OF_IMAGES | {
+        "--p-uncond=1.5": "--p-uncond", "--classes=3,12": r"labels must lie in 0\.\.9",
+        "--guidance=x": "both", "--classes=a": "--classes", "--sampler=langevin": "--sampler",
+        "--dataset=images": "two classes.*cars_train_annos.mat.*devkit",
+        "--p-uncond=0 --w -1 2 --guidance classifier": "--p-uncond 0 has no", "--w=x": "--w"},
+    sohl: OF_ALL | {
+        "--dataset=rolls": "swiss_roll", "--noise=0": "--noise", "--noise=nan": "--noise",
+        "--num-samples=1999": "--num-samples", "--dataset=heartbeat --schedule=learned": "learned",
+        "--checkpoint=FILE --schedule=linear": "learned", "--checkpoint=FILE --T=9": "size mismatch",
+        "--checkpoint=FILE --dataset=heartbeat": "not of this network|learned"}}
+
+@pytest.mark.parametrize("script, flags", [(script, flags) for script, of in MISTAKES.items() for flags in of])
+def test_users_mistakes(quick, fails, script, flags):
+    if flags == "--device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    message = MISTAKES[script][flags]
+    for word, of_run in (("FILE", ""), ("MNIST", SMALL_MNIST)):
+        if word in flags:
+            flags = flags.replace(word, str(quick(script, of_run)[0] / "checkpoint.pt"))
+            shutil.rmtree("mnist", ignore_errors=True)
+    Path("empty").mkdir()
+    Path("file").write_text("text")
+    write_images("one/0.png", "images/0.png", "images/1.png", "broken/a.jpg", "broken/b.jpg")
+    for name in "ab":
+        Path(f"broken/{name}.jpg").write_text("not an image")
+    fails(script, flags, message)
+
+def test_a_full_disk_leaves_the_last_checkpoint(no_pictures, monkeypatch, capsys):
+    run(ddpm, f"--quick --channels=8 --steps=2 --out=a {FEW[ddpm]}")
+    whole, original = Path("a/checkpoint.pt").read_bytes(), torch.save
+    for error in (OSError("No space left"), RuntimeError("PytorchStreamWriter failed: file write failed")):
+        def full(state, path, error=error):
+            Path(path).write_bytes(b"half of it")
+            raise error
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit):
+            run(ddpm, f"--resume --steps=4 --out=a {FEW[ddpm]}")
+        assert re.search("error: a/checkpoint.pt could not be written.*fail|space", capsys.readouterr().err)
+        assert Path("a/checkpoint.pt").read_bytes() == whole
+    monkeypatch.setattr(torch, "save", original)
+    assert run(ddpm, f"--resume --steps=4 --out=a {FEW[ddpm]}")["steps"] == 4
+    assert not list(Path().rglob("*.tmp"))
+
+@pytest.mark.parametrize("error, status, line", [
+    (MemoryError(), 2, "out of memory.*--batch"), (RuntimeError("CUDA out of memory."), 2, "memory.*--batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch"),
+    (KeyboardInterrupt(), 2, "stopped by Ctrl-C"),
+    (OSError(28, "No space left on device"), 2, "No space left"), (RuntimeError("shapes"), None, ""),
+    (KeyError("ema"), None, ""), (SystemExit(2), 2, None), (None, 0, None)])
+@every
+def test_from_the_shell(script, error, status, line, monkeypatch):
+    """What a user can cause is one line, a bug keeps its traceback, and a console of Windows is enough."""
+    def main(args):
+        print("█ ε ∅ 写真")
+        if error:
+            raise error
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for _ in range(2))
+    for module, name, value in ((script, "main", main), (script, "get_args", lambda: None),
+                                (sys, "stdout", out), (sys, "stderr", err)):
+        monkeypatch.setattr(module, name, value)
+    if status is None:
+        with pytest.raises(type(error)):
+            script.run_from_shell()
+    elif status == 0:
+        script.run_from_shell()
+    else:
+        with pytest.raises(SystemExit) as e:
+            script.run_from_shell()
+        err.flush()
+        told = err.buffer.getvalue().decode("cp1252")
+        assert e.value.code == 2
+        assert (told == "") if line is None else re.fullmatch(rf"error: .*{line}.*\n", told)
+
+@pytest.mark.parametrize("where", ["decoding", "sampling"])
+def test_ctrl_c(where, monkeypatch, capsys):
+    write_images(*(f"images/{i}.png" for i in range(30)))
+    flags = "--quick --dataset=images --image-size=8 --multipliers 1 --attention --steps=1 --out=a"
+    monkeypatch.setattr(sys, "argv", ["ddpm_ho_2020.py", "--device=cpu", *flags.split()])
+    module, name = (Image, "open") if where == "decoding" else (ddpm, "subchain")
+    original = getattr(module, name)
+    def interrupt(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+    if where == "decoding":
+        monkeypatch.setattr(module, name, interrupt)
+    else:  # only after training, which has its own answer to it
+        monkeypatch.setattr(ddpm, "save_weights", lambda *_: monkeypatch.setattr(module, name, interrupt))
+    with pytest.raises(SystemExit) as e:
+        ddpm.run_from_shell()
+    assert e.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith("error: stopped by Ctrl-C")
+    assert Path("a/checkpoint.pt").exists() == (where == "sampling")
+
 # ---------------------------------------------------------------------------------------------------- hygiene
 
 @pytest.mark.parametrize("script, least", [(cfg, 40), (sohl, 1)])
@@ -1207,7 +1544,3 @@ def test_readme_commands_parse(monkeypatch):
 def test_equations_in_the_readme_exist():
     for module, name in re.findall(r"`(\w+)\.py`: `(\w+)`", README):
         assert hasattr(__import__(module), name) or hasattr(schedules.Schedule, name), name
-
-
-# ------------------------------------------------------------------------------------- sohl_dickstein_2015.py
-# (the tests of /tmp/test_sohl.py go here)
