@@ -389,8 +389,8 @@ from tqdm import tqdm
 
 # Copied from ddpm_ho_2020.py
 def fail(message):
-    """End the run on a user's mistake: one line, exit status 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)  # even if message has several
+    """End the run on a user's mistake: one line, below the bars that are there, and exit status 2."""
+    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 def load_data(dataset, data_dir, download=True):
@@ -689,7 +689,6 @@ def train(args, net, ema, s, images, labels, train_step, loss, look, path, run):
         if rank == 0 and (stop.is_set() or step == args.steps or time.time() - saved > 60):
             finite = [v.isfinite().all().item() for v in (losses[:step], *net.parameters())]
             if not all(finite):
-                bar.close()
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as it was")
             saved = time.time()
             run |= {"step": step, "seconds": saved - start, "losses": losses[:step].cpu(),

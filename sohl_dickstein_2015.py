@@ -316,8 +316,8 @@ def negative_entropy(density):
 
 # Copied from ddpm_ho_2020.py
 def fail(message):
-    """End the run on a user's mistake: one line, exit status 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)  # even if message has several
+    """End the run on a user's mistake: one line, below the bars that are there, and exit status 2."""
+    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 def between(low, high=math.inf, kind=float):
