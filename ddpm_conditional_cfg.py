@@ -3,12 +3,13 @@
 One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
 predictions points towards "more like class y", and w says how far to go.
 
-    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: EXPECT_TIME on two CPU cores
+    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 9 min 8 s on two CPU cores
     python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
     python ddpm_conditional_cfg.py --dataset cars   # or cifar10, or a folder with a folder per class
     python ddpm_conditional_cfg.py --checkpoint runs/ddpm_conditional_cfg-digits/checkpoint.pt --w 2
 
-EXPECT
+Seed 0, label accuracy and Fréchet distance (floor 12.0): w = -1 0.084, 37.6; w = 0 0.990, 12.2;
+w = 2 1.000, 47.5; w = 4 1.000, 54.3; classifier guidance at its best, w = 1: 0.950, 16.9.
 Differs from the paper:
   - Ho et al. 2020's T steps and linear schedule, not a log-SNR λ in [-20, 20] drawn in continuous time.
   - Ho et al. 2020's β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2). Digits are drawn by
