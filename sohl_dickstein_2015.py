@@ -13,8 +13,8 @@ holds if -E log π(x_t) = H_p(X_T) for all t. For this the roll is standardised,
     python sohl_dickstein_2015.py --dataset heartbeat         # binary sequences, T = 2000
     python sohl_dickstein_2015.py --checkpoint runs/sohl_dickstein_2015-swiss_roll/checkpoint.pt
 
-Expect, on two CPU cores, seed 0: K = 2.60 ± 0.01 bits in 2 minutes (ceiling -H(X_0) = 2.70; paper 2.35, for
-its own roll). Heartbeat: K = -2.37 bits in 2 minutes (ceiling -2.32, paper -2.41), 99 % of samples valid.
+Expect, on one CPU core, seed 0: K = 2.61 ± 0.01 bits in 4 minutes (ceiling -H(X_0) = 2.70; paper 2.35, for
+its own roll). Heartbeat: K = -2.37 bits in 4 minutes (ceiling -2.32, paper -2.41), 99 % of samples valid.
 
 Differs from the paper:
   - The network gets ᾱ_t, not t, and predicts the mean and covariance of x_0 or, for bits, P(x_0 = 1); f_mu,
