@@ -16,8 +16,8 @@ Differs from the paper:
     DDIM in 50 steps; the paper takes more. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
   - Ho et al. 2020's U-Net, smaller, not Dhariwal & Nichol's. Their classifier pools by attention at 8x8; ours
     takes the mean, and is half as wide as the U-Net.
-  - From ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up, x̂_0
-    clipped to [-1, 1] in sampling.
+  - As in ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up,
+    x̂_0 clipped to [-1, 1] in sampling.
   - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are from a
     small classifier trained here. Compare them across w and with the floor, not with the paper's.
 What stands under "Copied from ddpm_ho_2020.py" is explained there, with Ho et al. 2020's equation numbers;
