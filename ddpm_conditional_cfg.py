@@ -417,10 +417,18 @@ def load_data(dataset, data_dir, download=True):
         pairs.append((x, torch.as_tensor(part.targets)))
     return pairs[0], pairs[1], [name.split()[0] for name in sets[0].classes]  # MNIST's are "0 - zero" ...
 
-def load_folder(dataset, data_dir, size):
+def body_of(model):
+    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other" for the 16 names that have none."""
+    for body in ("Cab", "Convertible", "Coupe", "Hatchback", "SUV", "Sedan", "Van", "Wagon"):
+        if f" {body} " in model.replace("Minivan", "Van"):
+            return body
+    return "other"
+
+def load_folder(dataset, data_dir, size, labels="model"):
     """As load_data, for Stanford Cars (dataset "cars") in any layout of its copies, or for the images in a
     folder and below: scaled and cropped in the middle to size (H, W), in colour. The class is what the
-    cars' .mat says, else the folder that an image lies in. A broken image is named and skipped."""
+    cars' .mat says, or with labels="body" what body_of makes of that; else the folder that an image lies in.
+    A broken image is named and skipped."""
     folder = Path(dataset)
     if dataset == "cars":
         folder = Path(data_dir)
@@ -455,6 +463,8 @@ def load_folder(dataset, data_dir, size):
             k = int(image["class"])  # from 1
             model_of[str(image["fname"])] = f"model {k:03}" if model_names is None else model_names[k - 1]
     classes = [model_of.get(path.name, path.parent.name) for path in images]
+    if dataset == "cars" and labels == "body":
+        classes = [body_of(model) for model in classes]
     names, y = np.unique(classes, return_inverse=True)
     x = torch.tensor(np.stack(list(images.values()))).permute(0, 3, 1, 2)  # (N, C, H, W)
     held = max(1, len(x) // 10)
@@ -601,7 +611,7 @@ def open_run(args):
         if args.dataset in ("digits", "mnist", "cifar10"):
             train, held_out, names = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
         else:
-            train, held_out, names = load_folder(args.dataset, args.data_dir, args.image_size)
+            train, held_out, names = load_folder(args.dataset, args.data_dir, args.image_size, args.labels)
         real = [v.to(args.device) for v in train], [v.to(args.device) for v in held_out], names
     except OSError as e:
         if not args.checkpoint:
@@ -773,19 +783,19 @@ def draw_rows(path, rows, columns=()):
     ax.figure.savefig(path, dpi=100, bbox_inches="tight")
 
 # Own: the paper's trade-off.
-def draw_tradeoff(path, sweeps, floor):
-    """Fréchet distance against classifier score along sweeps {kind: [{"w", ...}]}, as the paper draws it."""
-    ax = Figure((8, 5), layout="constrained").subplots()
-    ax.set(xlabel="classifier score, exp E KL(p(y|x) || p(y))", ylabel="Fréchet distance", xmargin=0.1)
-    for kind, sweep in sweeps.items():
-        x, y = [row["classifier_score"] for row in sweep], [row["frechet"] for row in sweep]
-        ax.plot(x, y, "o-", label=f"guidance: {kind}")
-        for row in sweep:
-            ax.annotate(f"w={row['w']:g}", (row["classifier_score"], row["frechet"]), (5, 5),
-                        textcoords="offset points")
-    ax.axhline(floor, color="gray", linestyle=":", label="real images")
-    ax.legend()
-    ax.figure.savefig(path, dpi=100)
+def draw_tradeoff(path, sweeps, metrics):
+    """Fréchet distance and label accuracy over w for sweeps {kind: [{"w", ...}]}; dotted: of real images."""
+    figure = Figure((9, 3.6), layout="constrained")
+    panels = ("frechet", "frechet_floor", "Fréchet distance"), \
+             ("label_accuracy", "label_accuracy_real", "label accuracy")
+    for ax, (name, of_real, ylabel) in zip(figure.subplots(1, 2), panels):
+        for kind, sweep in sweeps.items():
+            w, value = [row["w"] for row in sweep], [row[name] for row in sweep]
+            ax.plot(w, value, "o-", label=f"guidance: {kind}")
+        ax.axhline(metrics[of_real], color="gray", linestyle=":", label="real images")
+        ax.set(xlabel="w", ylabel=ylabel)
+        ax.legend()
+    figure.savefig(path, dpi=100)
 
 def examples(real, y):
     """Training images of the classes y (n,): of each class the first, the second, and so on."""
@@ -845,6 +855,15 @@ def open_device(name):
         torch.cuda.set_device(device)
     return device
 
+def fast_in_bfloat16(device):
+    """Whether the device computes faster in bfloat16: GPUs since 2020, CPUs with instructions for it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        able = torch.cpu.get_capabilities()
+        return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return False
+
 def add_flags(p):
     """The flags of both image scripts; their defaults are the paper's."""
     yes_no, count, fraction = argparse.BooleanOptionalAction, between(1, kind=int), between(0, 1)
@@ -854,10 +873,11 @@ def add_flags(p):
     p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or a folder of images")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
     p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64 or 48x64")
+    p.add_argument("--labels", choices=["body", "model"], default="body", help="of cars: 9 types, or 196")
     p.add_argument("--out", help="folder for all that is written")
     p.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of weights, batches, samples")
     p.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps")
-    p.add_argument("--bf16", action=yes_no, help="compute in bfloat16, as GPUs since 2020 can")
+    p.add_argument("--bf16", action=yes_no, help="compute in bfloat16; default: where it is faster")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
@@ -910,8 +930,7 @@ def read_flags(p, argv):
         defaults["warmup"] = min(warmup, max(1, steps // 10))  # made for the preset's own steps
         if dataset not in PRESETS and not Path(dataset).is_dir():
             fail(f"--dataset {dataset} is neither one of {', '.join(PRESETS)} nor a folder")
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    p.set_defaults(**{"out": out, "bf16": bf16} | defaults)
+    p.set_defaults(**{"out": out, "bf16": fast_in_bfloat16(device)} | defaults)
     args = p.parse_args(argv)
     if given.attention is None:  # the preset's sizes, where the levels of this network have them
         side = {"digits": 8, "mnist": 28, "cifar10": 32}.get(dataset, min(args.image_size))
@@ -1017,7 +1036,7 @@ def main(args):
     args.classes = args.classes or list(range(K))
     if K < 2:
         fail(f"guidance needs two classes, {args.dataset} has one: give each its folder or, for cars, put "
-             "cars_train_annos.mat, from the devkit that copies of the set come with, beside the images")
+             "cars_train_annos.mat and cars_meta.mat, of the set's devkit, beside the images")
     if min(args.classes) < 0 or max(args.classes) >= K:
         fail(f"labels must lie in 0..{K - 1}, --classes are {args.classes}")
     todo = [(kind, w) for kind in args.guidance for w in args.w if possible(kind, w, args.p_uncond)]
@@ -1061,7 +1080,7 @@ def main(args):
     first_kind, _ = todo[0]
     least = min([w for kind, w in todo if kind == first_kind], key=abs)  # whose samples are kept
     sweeps = {kind: [] for kind, _ in todo}
-    n = 20 if max(len(name) for name in names) < 9 else 8  # columns in the figure
+    n = 2 * K if K <= 10 else 8  # columns in the figure
     rows = [] if real is None else [("data", examples(real, y[:n]))]
     for kind, w in todo:
         parts = []
@@ -1079,7 +1098,7 @@ def main(args):
             np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu(), y.cpu())  # N, H, W, C
     draw_rows(out / "samples.png", rows, [textwrap.fill(names[k], 9) for k in y[:n].tolist()])
     if judge is not None:
-        draw_tradeoff(out / "tradeoff.png", sweeps, metrics["frechet_floor"])
+        draw_tradeoff(out / "tradeoff.png", sweeps, metrics)
     metrics["sweep"] = sweeps[first_kind]
     metrics |= {f"sweep_{kind}": sweep for kind, sweep in sweeps.items() if kind != first_kind}
     return finish(args, run, net, metrics, begin)

@@ -450,10 +450,18 @@ def load_data(dataset, data_dir, download=True):
         pairs.append((x, torch.as_tensor(part.targets)))
     return pairs[0], pairs[1], [name.split()[0] for name in sets[0].classes]  # MNIST's are "0 - zero" ...
 
-def load_folder(dataset, data_dir, size):
+def body_of(model):
+    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other" for the 16 names that have none."""
+    for body in ("Cab", "Convertible", "Coupe", "Hatchback", "SUV", "Sedan", "Van", "Wagon"):
+        if f" {body} " in model.replace("Minivan", "Van"):
+            return body
+    return "other"
+
+def load_folder(dataset, data_dir, size, labels="model"):
     """As load_data, for Stanford Cars (dataset "cars") in any layout of its copies, or for the images in a
     folder and below: scaled and cropped in the middle to size (H, W), in colour. The class is what the
-    cars' .mat says, else the folder that an image lies in. A broken image is named and skipped."""
+    cars' .mat says, or with labels="body" what body_of makes of that; else the folder that an image lies in.
+    A broken image is named and skipped."""
     folder = Path(dataset)
     if dataset == "cars":
         folder = Path(data_dir)
@@ -488,6 +496,8 @@ def load_folder(dataset, data_dir, size):
             k = int(image["class"])  # from 1
             model_of[str(image["fname"])] = f"model {k:03}" if model_names is None else model_names[k - 1]
     classes = [model_of.get(path.name, path.parent.name) for path in images]
+    if dataset == "cars" and labels == "body":
+        classes = [body_of(model) for model in classes]
     names, y = np.unique(classes, return_inverse=True)
     x = torch.tensor(np.stack(list(images.values()))).permute(0, 3, 1, 2)  # (N, C, H, W)
     held = max(1, len(x) // 10)
@@ -623,7 +633,7 @@ def open_run(args):
         if args.dataset in ("digits", "mnist", "cifar10"):
             train, held_out, names = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
         else:
-            train, held_out, names = load_folder(args.dataset, args.data_dir, args.image_size)
+            train, held_out, names = load_folder(args.dataset, args.data_dir, args.image_size, args.labels)
         real = [v.to(args.device) for v in train], [v.to(args.device) for v in held_out], names
     except OSError as e:
         if not args.checkpoint:
@@ -813,7 +823,7 @@ def draw_all(out, images, frames, real, losses):
     for i in np.linspace(0, len(frames) - 1, 40).round().astype(int):
         _, xt, _ = frames[i]
         grid = to_pil_image(make_grid(to_uint8(xt), 4))
-        pictures.append(ImageOps.contain(grid, (256, 256), Image.NEAREST))
+        pictures.append(ImageOps.scale(grid, max(1, 256 // grid.width), Image.NEAREST))
     pictures += pictures[-1:] * 20  # the end stands still for a while
     pictures[0].save(out / "reverse.gif", save_all=True, append_images=pictures[1:], duration=80)
 
@@ -916,6 +926,15 @@ def open_device(name):
         torch.cuda.set_device(device)
     return device
 
+def fast_in_bfloat16(device):
+    """Whether the device computes faster in bfloat16: GPUs since 2020, CPUs with instructions for it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        able = torch.cpu.get_capabilities()
+        return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return False
+
 def add_flags(p):
     """The flags of both image scripts; their defaults are the paper's."""
     yes_no, count, fraction = argparse.BooleanOptionalAction, between(1, kind=int), between(0, 1)
@@ -925,10 +944,11 @@ def add_flags(p):
     p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or a folder of images")
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
     p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64 or 48x64")
+    p.add_argument("--labels", choices=["body", "model"], default="body", help="of cars: 9 types, or 196")
     p.add_argument("--out", help="folder for all that is written")
     p.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of weights, batches, samples")
     p.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps")
-    p.add_argument("--bf16", action=yes_no, help="compute in bfloat16, as GPUs since 2020 can")
+    p.add_argument("--bf16", action=yes_no, help="compute in bfloat16; default: where it is faster")
     p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
@@ -981,8 +1001,7 @@ def read_flags(p, argv):
         defaults["warmup"] = min(warmup, max(1, steps // 10))  # made for the preset's own steps
         if dataset not in PRESETS and not Path(dataset).is_dir():
             fail(f"--dataset {dataset} is neither one of {', '.join(PRESETS)} nor a folder")
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    p.set_defaults(**{"out": out, "bf16": bf16} | defaults)
+    p.set_defaults(**{"out": out, "bf16": fast_in_bfloat16(device)} | defaults)
     args = p.parse_args(argv)
     if given.attention is None:  # the preset's sizes, where the levels of this network have them
         side = {"digits": 8, "mnist": 28, "cifar10": 32}.get(dataset, min(args.image_size))
