@@ -813,8 +813,8 @@ SMALL = dict(channels=32, blocks=1, dropout=0.0, flip=False, lr=2e-3, ema=0.998,
              sampler="ddim", sampling_steps=50)
 PRESETS = {  # what differs from the flags' defaults, which are Ho et al. 2020's for CIFAR-10
     "digits": SMALL | dict(multipliers=[1, 2], attention=[4], steps=2000, warmup=100),
-    "mnist": SMALL | dict(multipliers=[1, 2, 3], attention=[7], steps=4200, steps_on_gpu=20_000, batch=64,
-                          warmup=200),
+    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64, warmup=200,
+                          schedule="cosine", on_gpu=dict(channels=32, steps=20_000)),
     "cifar10": dict(sampling_steps=250),
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
@@ -920,9 +920,9 @@ def read_flags(p, argv):
         defaults = load_checkpoint(Path(given.out or out, "checkpoint.pt"))["config"]
     else:
         defaults = PRESETS.get(dataset, PRESETS["cars"]).copy()
-        steps_on_gpu = defaults.pop("steps_on_gpu", None)
-        if steps_on_gpu is not None and device.type != "cpu":
-            defaults["steps"] = steps_on_gpu
+        on_gpu = defaults.pop("on_gpu", {})
+        if device.type != "cpu":
+            defaults |= on_gpu
         if given.quick:
             defaults |= QUICK
         steps = given.steps or defaults.get("steps", p.get_default("steps"))

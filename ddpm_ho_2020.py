@@ -885,8 +885,9 @@ def inpainting(args, eps_theta, s, judge, held_out, out):
 SMALL = dict(channels=32, blocks=1, dropout=0.0, flip=False, lr=2e-3, ema=0.998, decay_lr=True)
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
     "digits": SMALL | dict(multipliers=[1, 2], attention=[4], steps=1700, warmup=100, sampling_steps=250),
-    "mnist": SMALL | dict(multipliers=[1, 2, 3], attention=[7], steps=4200, steps_on_gpu=20_000, batch=64,
-                          warmup=200, sampling_steps=100, variance="beta_tilde"),
+    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64, warmup=200,
+                          schedule="cosine", sampling_steps=100, variance="beta_tilde",
+                          on_gpu=dict(channels=32, steps=20_000)),
     "cifar10": {},
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
@@ -991,9 +992,9 @@ def read_flags(p, argv):
         defaults = load_checkpoint(Path(given.out or out, "checkpoint.pt"))["config"]
     else:
         defaults = PRESETS.get(dataset, PRESETS["cars"]).copy()
-        steps_on_gpu = defaults.pop("steps_on_gpu", None)
-        if steps_on_gpu is not None and device.type != "cpu":
-            defaults["steps"] = steps_on_gpu
+        on_gpu = defaults.pop("on_gpu", {})
+        if device.type != "cpu":
+            defaults |= on_gpu
         if given.quick:
             defaults |= QUICK
         steps = given.steps or defaults.get("steps", p.get_default("steps"))

@@ -169,51 +169,46 @@ def main(args):
     torch.manual_seed(args.seed)
     eps, eps_roll = torch.randn_like(x[-500:]), torch.randn_like(roll)  # the same noise for all
 
-    all_s = {name: make_schedule(name, args.T) for name in SCHEDULES}
     ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
-    accuracy, metrics = {}, {}
-    for name, s in all_s.items():
-        accuracy[name] = [accuracy_at(s, t, x, y, eps) for t in ts]
-        share = (torch.tensor(accuracy[name][1:]) > 0.5).double().mean()
-        metrics[name] = {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": share.item()}
+    columns = (args.T * torch.linspace(0, 1, 6) ** 2.5).round().long()  # dense where the roll is lost
+    curves = Figure(figsize=(8.5, 7), layout="constrained")
+    axes = curves.subplots(2, 2).ravel()
+    pictures = Figure(figsize=(8.5, 0.72 * len(SCHEDULES)), layout="constrained")
+    table = pictures.subplots(len(SCHEDULES), 12, subplot_kw=dict(xticks=[], yticks=[]))
+    metrics = {}
+    for name, row in zip(SCHEDULES, table):
+        s = make_schedule(name, args.T)
+        accuracy = torch.tensor([accuracy_at(s, t, x, y, eps) for t in ts])
+        share = (accuracy[1:] > 0.5).double().mean().item()
+        metrics[name] = {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": share}
+        print(f"{name:<12} signal left at T: {metrics[name]['signal_left']:.4f}   "
+              f"share of steps with accuracy > 1/2: {share:.2f}")
+        for ax, values in zip(axes, (s.beta, s.alpha_bar.sqrt(), s.snr.log())):
+            ax.plot(time(args.T)[1:].numpy(), values[1:].numpy(), label=name)
+        axes[3].plot((ts / args.T).numpy(), accuracy.numpy())
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for t, left, right in zip(columns, row[:6], row[6:]):
+            left.plot(*s.q_sample(roll, t, eps_roll).T.numpy(), "k.", ms=1.2, mew=0)
+            left.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+            digit = s.q_sample(x[:1], t, eps[:1]).reshape(8, 8)
+            right.imshow(digit.numpy(), cmap="gray", vmin=-1, vmax=1)
 
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    axes = Figure(figsize=(16, 4), layout="constrained").subplots(1, 4)
-    for name, s in all_s.items():
-        for ax, table in zip(axes, (s.beta, s.alpha_bar.sqrt(), s.snr.log())):
-            ax.plot(time(args.T)[1:].numpy(), table[1:].numpy(), label=name)
-        axes[3].plot((ts / args.T).numpy(), accuracy[name])
     for ax, title in zip(axes, ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")):
         ax.set(title=title, xlabel="t/T")
     axes[0].set_yscale("log")
-    axes[0].legend(fontsize=8)
-    axes[0].figure.savefig(f"{args.out}/schedules.png", dpi=100)
-
-    columns = torch.linspace(0, args.T, 7).round().long()
-    axes = Figure(figsize=(14, 1.05 * len(all_s)), layout="constrained").subplots(len(all_s), 14)
-    for row, (name, s) in zip(axes, all_s.items()):
-        for i, t in enumerate(columns):
-            horizontal, vertical = s.q_sample(roll, t, eps_roll).T.numpy()
-            row[i].scatter(horizontal, vertical, s=0.2, linewidths=0, c="k")
-            row[i].set(xlim=(-3, 3), ylim=(-3, 3))
-            four = s.q_sample(x[:4], t, eps[:4]).reshape(2, 2, 8, 8).transpose(1, 2).reshape(16, 16)
-            row[i + 7].imshow(four.numpy(), cmap="gray", vmin=-1, vmax=1)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    for i, t in enumerate([*columns, *columns]):
-        axes[0, i].set_title(f"t={t}")
-    axes[0, 0].figure.savefig(f"{args.out}/destruction.png", dpi=100)
-
+    curves.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    for ax, t in zip(table[0], [*columns, *columns]):
+        ax.set_title(f"t={t}", fontsize=10)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    curves.savefig(f"{args.out}/schedules.png", dpi=150)
+    pictures.savefig(f"{args.out}/destruction.png", dpi=150)
     text = json.dumps({"config": vars(args), **metrics}, indent=1)
     Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
-    for name, m in metrics.items():
-        print(f"{name:<12} signal left at T: {m['signal_left']:.4f}   "
-              f"share of steps with accuracy > 1/2: {m['structure_share']:.2f}")
     return metrics
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Draw every noise schedule and what it does to data.")
+    p.error = lambda message: p.exit(2, f"error: {message}\n")  # a user's mistake in one line
     p.add_argument("--T", type=int, default=1000, help="diffusion steps, at least 2 (Ho et al. 2020: 1000)")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--out", default="runs/schedules", help="folder for the figures")

@@ -458,37 +458,37 @@ def wasserstein(a, b):
     n = min(len(a), len(b))
     return (a[:n].sort(0).values - b[:n].sort(0).values).abs().mean(0).max().item()
 
-def draw_table(path, titles, rows, marks):
-    """A table of pictures. rows: {name: list of points (n, 2) or arrows (n, 4)}; marks: lines, red, by row"""
+def draw_table(path, titles, rows, observed):
+    """A table of pictures. rows: {name: list of points (n, 2) or arrows (n, 4)}; observed: in red, by row"""
     fig = Figure(figsize=(8.5, 8.5 * len(rows) / len(titles)), layout="constrained")
-    table = fig.subplots(len(rows), len(titles), squeeze=False, sharex=True, sharey=True)
-    for axes, (name, pictures) in zip(table, rows.items()):
+    table = fig.subplots(len(rows), len(titles), sharex=True, sharey=True)
+    for axes, (name, pictures), red in zip(table, rows.items(), observed):
         axes[0].set(ylabel=name, xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
         for ax, points in zip(axes, pictures):
             if points.shape[1] == 4:
-                ax.quiver(*points.T.numpy())
+                ax.quiver(*points.T.numpy(), scale=20, width=0.006)
             else:
-                ax.plot(*points.T.numpy(), "k.", ms=1)
-            ax.plot(*marks.get(name, ([], [])), "r+-", ms=14, lw=0.7, zorder=0)
+                ax.plot(*points.T.numpy(), "k.", ms=20 / len(titles), mew=0)
+            ax.plot(*red, "r-+", ms=20, mew=2, zorder=0)
     for ax, title in zip(table[0], titles):
         ax.set_title(title)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=120)
 
 def draw_bound(path, s, kl_of_step, lost, left, middle, right):
     """β_t; the band of Eq. (24), with its left side as zero; the bits that the network loses.  (T-1,) each"""
     t = range(2, s.T + 1)
-    fig = Figure(figsize=(8.5, 7), layout="constrained")
+    fig = Figure(figsize=(8.5, 8), layout="constrained")
     top, centre, bottom = fig.subplots(3, sharex=True, height_ratios=(2, 3, 2))
-    top.semilogy(t, s.beta[2:].numpy())
-    top.set_ylabel("β_t")
-    centre.fill_between(t, 0, right - left, color="0.85", label="where H_q(X_{t-1}|X_t) lies, Eq. (24)")
-    centre.plot(t, middle - left, "ko", label="entropy of p(x_{t-1}|x_t)")
-    centre.plot(t, kl_of_step.numpy(), label="bits that step t takes, Eq. (14)")
-    centre.set_ylabel("bits above H_q(X_{t-1}|X_t,X_0)")
+    top.plot(t, s.beta[2:].numpy(), ".-")
+    top.set(title="the variance of each forward step", ylabel=r"$\beta_t$", yscale="log")
+    centre.fill_between(t, 0, right - left, color="0.85", label="$H_q(X_{t-1}|X_t)$ lies here, Eq. (24)")
+    centre.plot(t, middle - left, "ko", ms=8, mfc="none", label="entropy of $p(x_{t-1}|x_t)$")
+    centre.plot(t, kl_of_step.numpy(), ".-", label="KL that step t takes from K, Eq. (14)")
+    centre.set(title="each reverse step: entropies less $H_q(X_{t-1}|X_t, X_0)$, and the KL", ylabel="bits")
     centre.legend()
-    bottom.plot(t, lost.numpy())
-    bottom.set(xlabel="t", ylabel="bits lost by the network")
-    fig.savefig(path, dpi=100)
+    bottom.plot(t, lost.numpy(), ".-")
+    bottom.set(title="KL of each step, less that of a perfect network", xlabel="t", ylabel="bits")
+    fig.savefig(path, dpi=130)
 
 def roll_experiments(noise, out, s, net, held_out, kl_of_step):
     """The ceilings, Eq. (24), Fig. 1, the score, the posteriors of Sec. 2.5; their figures.  -> numbers"""
@@ -502,9 +502,9 @@ def roll_experiments(noise, out, s, net, held_out, kl_of_step):
         metrics[f"K_ideal_bits_{name}"] = K_ideal.mean().item()
     some, entropies = held_out[:10_000], []
     for t in range(2, s.T + 1):
-        left, middle, right = entropy_of_step(GAUSSIAN, s, net, some, torch.full((len(some),), t))
-        entropies.append([left.mean().item(), middle.mean().item(), right.mean().item()])
-    draw_bound(out / "bound.png", s, kl_of_step, kl_same - kl_exact, *np.array(entropies).T)
+        three = entropy_of_step(GAUSSIAN, s, net, some, torch.full((len(some),), t))
+        entropies.append(torch.stack(three).mean(1).numpy())
+    draw_bound(out / "bound.png", s, kl_of_step, kl_same - kl_exact, *np.stack(entropies, 1))
 
     xT = torch.randn(2000, 2, dtype=torch.float64)
     samples = {s.T: xT} | dict(reverse(GAUSSIAN, s, net, xT))  # of p(x_t), by t
@@ -517,10 +517,11 @@ def roll_experiments(noise, out, s, net, held_out, kl_of_step):
         alpha_bar = s.alpha_bar[t].expand(len(xt), 1)
         ours = score(net(xt, alpha_bar)[0], xt, alpha_bar)
         true = score(exact(xt, alpha_bar)[0], xt, alpha_bar)
-        rows["∇ log q by f_mu"].append(torch.cat([xt, ours], 1)[:200])
-        rows["∇ log q, exact"].append(torch.cat([xt, true], 1)[:200])
+        size = true.norm(dim=1).mean()  # one scale for the two pictures of this t
+        rows["∇ log q by f_mu"].append(torch.cat([xt, ours / size], 1)[:100])
+        rows["∇ log q, exact"].append(torch.cat([xt, true / size], 1)[:100])
         metrics[f"score_error_t{t}"] = ((ours - true).norm() / true.norm()).item()
-    draw_table(out / "swiss_roll.png", [f"t = {t}" for t in times], rows, {})
+    draw_table(out / "swiss_roll.png", [f"t = {t}" for t in times], rows, [([], [])] * 4)
 
     y, precisions = torch.tensor([0.5, -0.3]).double(), torch.tensor([[4.0, 4.0], [1e4, 0.0]]).double()
     many, rows = draw_roll(2_000_000, noise, 1), {}
@@ -534,15 +535,14 @@ def roll_experiments(noise, out, s, net, held_out, kl_of_step):
         metrics[f"{task}_distance"] = wasserstein(x, wanted)
         metrics[f"{task}_distance_floor"] = wasserstein(again, wanted)
         metrics[f"{task}_distance_without_r"] = wasserstein(samples[0], wanted)
-        rows[task] = [samples[0], wanted[:2000], x[:2000]]
-    observed = {"denoise": ([0.5], [-0.3]), "inpaint": ([0.5, 0.5], [-3, 3])}  # all of y, y_1
+        rows[f"{task}; red: observed"] = [samples[0], wanted[:2000], x[:2000]]
+    observed = ([0.5], [-0.3]), ([0.5, 0.5], [-9, 9])  # all of y; y_1: a line
     draw_table(out / "posteriors.png", ["p alone", "exact posterior", "p, r in each step"], rows, observed)
 
-    fig = Figure(figsize=(3, 3))
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(-3, 3), ylim=(-3, 3))
+    ax = Figure(figsize=(3, 3)).add_axes((0, 0, 1, 1), xlim=(-3, 3), ylim=(-3, 3))
     dots = ax.scatter(*xT.T.numpy(), s=0.5, c="k")
     frames = [*range(s.T, 0, -1 - s.T // 60), *[0] * 10]
-    film = FuncAnimation(fig, lambda t: dots.set_offsets(samples[t].numpy()), frames)
+    film = FuncAnimation(ax.figure, lambda t: dots.set_offsets(samples[t].numpy()), frames)
     film.save(out / "reverse.gif", "pillow", 10)
     return metrics
 

@@ -2,6 +2,7 @@
 
 What asserts exactness runs on the CPU, whatever else there is; on a GPU there are runs beside it."""
 import argparse
+import ast
 import builtins
 import contextlib
 import copy
@@ -475,7 +476,8 @@ def test_l_is_the_mean_of_its_terms(predict):
                                            (cfg, "--guidance free --w=0 --p-uncond=0.5 --no-flip")])
 def test_training_is_algorithm_1(script, flags):
     """Four steps written out leave the same weights, averages, moments and random state, bit for bit."""
-    given = "--quick --channels=8 --steps=4 --batch=16 --lr=0.05 --warmup=3 --ema=0.28 --num-samples=20"
+    given = "--quick --channels=8 --steps=4 --batch=16 --lr=0.05 --warmup=3 --ema=0.28 --no-bf16"
+    given += " --num-samples=20"
     run(script, f"{given} --sampling-steps=2 --seed=5 --flip --decay-lr --out=. {flags}")
     s, (x, y), nets, norms = make_schedule("linear", 1000), script.load_data("digits", "")[0], {}, []
     args = args_of(script, f"{given} {flags}")
@@ -692,6 +694,22 @@ def test_cars_in_every_layout(folder, names, mat, labels, classes):
     x, y, found = load("cars")
     assert len(x) == 2 and x.dtype == torch.uint8 and found == classes  # and no test image
     assert dict(zip(x[:, 0, 0, 0].tolist(), y.tolist())) == dict(zip((0, 20), labels))  # by grey level
+
+def test_body_types_of_cars():
+    for model, body in (("Audi TT RS Coupe 2012", "Coupe"), ("Dodge Caravan Minivan 1997", "Van"),
+                        ("GMC Savana Van 2012", "Van"), ("Ford Ranger SuperCab 2011", "other"),
+                        ("GMC Canyon Extended Cab 2012", "Cab"), ("Bentley Continental Supersports Conv. "
+                        "Convertible 2012", "Convertible"), ("model 007", "other"), ("Audi", "other")):
+        assert ddpm.body_of(model) == body
+    folders = "Acura TL Sedan 2012", "BMW M3 Coupe 2012", "BMW Z4 Convertible 2012", "Audi A5 Coupe 2012"
+    write_images(*(f"stanford_cars/{folder}/{i}.jpg" for i, folder in enumerate(folders)))
+    found = {}
+    for labels in ("model", "body"):
+        (_, y), (_, y_held), names = ddpm.load_folder("cars", ".", [16, 16], labels)
+        found[labels] = sorted(names[k] for k in [*y, *y_held])
+    assert found == {"model": sorted(folders), "body": ["Convertible", "Coupe", "Coupe", "Sedan"]}
+    write_images("images/BMW M3 Coupe 2012/0.jpg", "images/Audi/1.jpg")  # no cars: the folders' names
+    assert ddpm.load_folder("images", ".", [16, 16], "body")[2] == ["Audi", "BMW M3 Coupe 2012"]
 
 def test_folders(capsys, monkeypatch):
     """Any extension and mode; broken files named and skipped; a slow image keeps its place and its label."""
@@ -1184,7 +1202,7 @@ def test_quick_run_and_the_same_from_its_checkpoint(quick, script, flags, keys, 
     if script is sohl:
         assert f"T = {config['T']}, schedule {config['schedule']}\n" in told and f"results in {out}\n" in told
         return
-    assert re.search(r"(1347|150) images of 10 classes, (450|150) held out; .* cpu, float32\n", told)
+    assert re.search(r"(1347|150) images of 10 classes, (450|150) held out; .* cpu, (b?float)(32|16)\n", told)
     epochs = config["steps"] * config["batch"] / (150 if flags else 1347)
     assert f"{config['steps']} steps of {config['batch']} ({epochs:.1f} epochs)" in told
     arrays, others = (np.load(folder / "samples.npz") for folder in (out, Path("again")))
@@ -1236,12 +1254,12 @@ def test_bfloat16_and_compile(no_pictures, script, monkeypatch):
     monkeypatch.setattr(script.Attention, "forward",
                         lambda self, h: dtypes.append(h.dtype) or forward(self, h))
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    for flag in ("--bf16", ""):
+    for flag in ("--bf16", "--no-bf16"):
         run(script, f"--quick --steps=3 --channels=8 {FEW[script]} {flag} --compile --out=a{flag}")
-        assert set(dtypes) == {torch.bfloat16 if flag else torch.float32}
+        assert set(dtypes) == {torch.bfloat16 if flag == "--bf16" else torch.float32}
         dtypes.clear()
     assert len(compiled) == 4 and len({id(net) for net in compiled}) == 4
-    a, b = read("a/checkpoint.pt"), read("a--bf16/checkpoint.pt")
+    a, b = read("a--no-bf16/checkpoint.pt"), read("a--bf16/checkpoint.pt")
     assert a["losses"].allclose(b["losses"], rtol=0.05) and not torch.equal(a["losses"], b["losses"])
     assert all(v.dtype == torch.float32 for v in b["net"].values())
 
@@ -1305,7 +1323,7 @@ script.main(script.get_args(sys.argv[2:]))"""
 
 def test_processes(monkeypatch, fails, no_pictures):
     """torchrun's two train as one does, in a console of Windows; kill -9 while saving loses one step."""
-    flags = "--quick --channels=8 --flip --steps=5 --batch=8 --num-samples=4 --device=cpu"
+    flags = "--quick --channels=8 --flip --steps=5 --batch=8 --num-samples=4 --device=cpu --no-bf16"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
     shell = partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -1355,16 +1373,19 @@ def test_a_folder_of_images_with_every_experiment_then_guidance():
 @both
 def test_flags(script, monkeypatch):
     monkeypatch.setattr(script, "open_device", torch.device)  # nothing is opened
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
     def get(flags):
         return script.get_args(flags.split())
-    for capability, device, flag, bf16 in (  # noqa: B007
-            ((7, 5), "cuda", "", False), ((8, 0), "cuda", "", True), ((9, 0), "cuda", "", True),
-            ((9, 0), "cuda", "--no-bf16", False), ((9, 0), "cpu", "", False),
-            ((7, 5), "cpu", "--bf16", True)):
+    for card, able, device, flag, bf16 in (  # noqa: B007
+            ((7, 5), "amx_bf16", "cuda", "", False), ((8, 0), "avx2", "cuda", "", True),
+            ((9, 0), "avx2", "cuda", "", True), ((9, 0), "avx2", "cuda", "--no-bf16", False),
+            ((9, 0), "avx512_f", "cpu", "", False), ((7, 5), "avx512_bf16", "cpu", "", True),
+            ((7, 5), "amx_bf16", "cpu", "", True), ((7, 5), "amx_bf16", "cpu", "--no-bf16", False),
+            ((9, 0), "amx_bf16", "mps", "", False), ((7, 5), "avx2", "cpu", "--bf16", True)):
         assert get(f"--device={device} {flag}").bf16 == bf16
     for flags, steps, warmup in (
-            ("--dataset=mnist --device=cpu", 4200, 200), ("--dataset=mnist --device=cuda", 20_000, 200),
+            ("--dataset=mnist --device=cpu", 7000, 200), ("--dataset=mnist --device=cuda", 20_000, 200),
             ("--dataset=mnist --device=mps", 20_000, 200),
             ("--dataset=mnist --device=mps --steps=7", 7, 1), ("--dataset=cars --steps=60", 60, 6),
             ("--dataset=cars --steps=60 --warmup=5000", 60, 5000), ("--dataset=cars", 100_000, 5000),
@@ -1384,7 +1405,7 @@ def test_flags(script, monkeypatch):
         assert dataset != "cifar10" or params == 35_746_307  # the paper's network
 
 @pytest.mark.parametrize("script, flags, defaults", [
-    (ddpm, "--dataset=mnist", "4200 200 100 64"), (cfg, "--dataset=mnist", "4200 200 50 64"),
+    (ddpm, "--dataset=mnist", "7000 200 100 64 cosine"), (cfg, "--dataset=mnist", "7000 200 50 64 cosine"),
     (sohl, "", "6000 0.004 100000 40 learned"), (sohl, "--dataset=heartbeat", "8000 0.01 2000 inverse")])
 def test_help_and_default_folders(script, flags, defaults, monkeypatch, capsys):
     texts, add = {}, argparse._ActionsContainer.add_argument
@@ -1567,6 +1588,25 @@ def test_readme_commands_parse(monkeypatch):
     for command, module in commands:
         command = command.replace("$predict", "mu").replace("$loss", "vlb")
         __import__(module).get_args(shlex.split(command)[1:])
+
+def test_code_in_the_readme_is_the_scripts():
+    def code(function):  # without its docstring, comments and decorators
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        return [ast.dump(part) for part in [function.args, *body]]
+    def functions(text):
+        return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    sources = [inspect.getsource(script) for script in (schedules, cfg, ddpm)]
+    there = {f.name: code(f) for source in sources for f in functions(source)}
+    shown = functions("\n".join(re.findall(r"```python\n(.*?)```", README, re.S)))
+    assert {f.name for f in shown} == {"l_simple", "ddpm_sample", "eps_tilde", "cubic"}
+    assert all(code(f) == there[f.name] for f in shown if f.name != "cubic")  # the reader's own
+
+def test_a_schedule_of_ones_own(monkeypatch):
+    """The README's example, pasted into schedules.py, is a --schedule of that name."""
+    monkeypatch.setattr(schedules, "SCHEDULES", dict(SCHEDULES))
+    exec(re.search(r"```python\n(@schedule\n.*?)```", README, re.S)[1], vars(schedules).copy())
+    expected = (1 - torch.arange(10) / 10) ** 3
+    assert make_schedule("cubic", 10).alpha_bar[:10].float().allclose(expected)
 
 def test_equations_in_the_readme_exist():
     for module, name in re.findall(r"`(\w+)\.py`: `(\w+)`", README):
