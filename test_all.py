@@ -1405,7 +1405,7 @@ def test_flags(script, monkeypatch):
         assert dataset != "cifar10" or params == 35_746_307  # the paper's network
 
 @pytest.mark.parametrize("script, flags, defaults", [
-    (ddpm, "--dataset=mnist", "7000 200 100 64 cosine"), (cfg, "--dataset=mnist", "7000 200 50 64 cosine"),
+    (ddpm, "--dataset=mnist", "7000 200 100 64 cosine"), (cfg, "--dataset=mnist", "7000 200 100 64 cosine"),
     (sohl, "", "6000 0.004 100000 40 learned"), (sohl, "--dataset=heartbeat", "8000 0.01 2000 inverse")])
 def test_help_and_default_folders(script, flags, defaults, monkeypatch, capsys):
     texts, add = {}, argparse._ActionsContainer.add_argument
