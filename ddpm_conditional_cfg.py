@@ -816,7 +816,7 @@ PRESETS = {  # what differs from the flags' defaults, which are Ho et al. 2020's
                            sampling_steps=50),
     "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64, warmup=200,
                           schedule="cosine", sampling_steps=100, variance="beta_tilde",
-                          on_gpu=dict(channels=32, steps=20_000)),
+                          on_gpu=dict(channels=32, multipliers=[1, 2, 3], steps=20_000)),
     "cifar10": dict(sampling_steps=250),
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }

@@ -867,8 +867,12 @@ def inpainting(args, eps_theta, s, judge, held_out, out):
     known[top:H - top, left:W - left] = False
     x0 = to_float(images)
     short_theta, short = subchain(eps_theta, s, min(args.sampling_steps, s.T))
-    chain = repaint_sample(short_theta, short, torch.randn_like(x0), x0, known, args.variance, args.clip)
-    repaint = end_of(tqdm(chain, "inpainting", short.T))
+    parts = []
+    for part in x0.split(portions(len(x0), args.device)):
+        noise = torch.randn_like(part)
+        chain = repaint_sample(short_theta, short, noise, part, known, args.variance, args.clip)
+        parts.append(end_of(tqdm(chain, "inpainting", short.T)))
+    repaint = torch.cat(parts)
     i, j = distance_transform_edt(~known.cpu().numpy(), return_distances=False, return_indices=True)
     nearest, metrics = images[:, :, i, j], {}
     for name, filled in (("RePaint", repaint), ("nearest", nearest)):
@@ -889,7 +893,7 @@ PRESETS = {  # what differs from the flags' defaults, which are the paper's for 
     "digits": SMALL | dict(multipliers=[1, 2], attention=[4], steps=1700, warmup=100, sampling_steps=250),
     "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64, warmup=200,
                           schedule="cosine", sampling_steps=100, variance="beta_tilde",
-                          on_gpu=dict(channels=32, steps=20_000)),
+                          on_gpu=dict(channels=32, multipliers=[1, 2, 3], steps=20_000)),
     "cifar10": {},
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
