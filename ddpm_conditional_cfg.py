@@ -776,7 +776,7 @@ def draw_rows(path, rows, columns=()):
     R, n, C, H, W = x.shape
     table = x.permute(0, 3, 1, 4, 2).reshape(R * H, n * W, C).expand(-1, -1, 3)
     ax = Figure((1.5 + 0.7 * n, 0.4 + 0.75 * R * H / W), layout="constrained").subplots()
-    ax.imshow(table.numpy())
+    ax.imshow(table.numpy(), interpolation="nearest")
     ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
     ax.set_yticks([(i + 0.5) * H for i in range(R)], [label for label, _ in rows])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)

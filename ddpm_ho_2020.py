@@ -790,7 +790,7 @@ def draw_rows(path, rows, columns=()):
     R, n, C, H, W = x.shape
     table = x.permute(0, 3, 1, 4, 2).reshape(R * H, n * W, C).expand(-1, -1, 3)
     ax = Figure((1.5 + 0.7 * n, 0.4 + 0.75 * R * H / W), layout="constrained").subplots()
-    ax.imshow(table.numpy())
+    ax.imshow(table.numpy(), interpolation="nearest")
     ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
     ax.set_yticks([(i + 0.5) * H for i in range(R)], [label for label, _ in rows])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -821,7 +821,7 @@ def draw_all(out, images, frames, real, losses):
     draw_rows(out / "progressive.png", rows, [f"t={t}" for t, _, _ in columns])  # Fig. 6 is its rows x̂_0
 
     pictures = []
-    for i in np.linspace(0, len(frames) - 1, 40).round().astype(int):
+    for i in np.linspace(0, len(frames) - 1, 30).round().astype(int):
         _, xt, _ = frames[i]
         grid = to_pil_image(make_grid(to_uint8(xt), 4))
         pictures.append(ImageOps.scale(grid, max(1, 256 // grid.width), Image.NEAREST))
