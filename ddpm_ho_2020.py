@@ -1011,7 +1011,7 @@ def read_flags(p, argv):
     p.set_defaults(**{"out": out, "bf16": fast_in_bfloat16(device)} | defaults)
     args = p.parse_args(argv)
     if given.attention is None:  # the preset's sizes, where the levels of this network have them
-        side = {"digits": 8, "mnist": 28, "cifar10": 32}.get(dataset, min(args.image_size))
+        side = {"digits": 8, "mnist": 28, "cifar10": 32}.get(args.dataset, min(args.image_size))
         sizes = [side // 2 ** level for level in range(len(args.multipliers))]
         args.attention = [size for size in args.attention if size in sizes]
     world = int(os.environ.get("WORLD_SIZE", 1))

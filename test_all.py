@@ -1197,7 +1197,7 @@ def test_quick_run_and_the_same_from_its_checkpoint(quick, script, flags, keys, 
     drawn = args_of(script, f"--checkpoint={out}/{'checkpoint' if script is sohl else 'weights'}.pt")
     assert drawn.out == f"runs/{script.__name__}-{m['dataset']}-samples" and not drawn.quick
     resumed = vars(args_of(script, f"--resume --out={out}"))  # what a run was told is told once
-    kept = {"T", "steps", "schedule", "lr", "batch", "dataset", "data_dir", "noise"}
+    kept = {"T", "steps", "schedule", "lr", "batch", "dataset", "data_dir", "noise", "attention"}
     assert all(resumed[k] == config[k] for k in config.keys() & kept)
     if script is sohl:
         assert f"T = {config['T']}, schedule {config['schedule']}\n" in told and f"results in {out}\n" in told
