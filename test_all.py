@@ -1586,7 +1586,7 @@ def test_readme_commands_parse(monkeypatch):
     commands = re.findall(r"python ((\w+)\.py[^\n`#&]*)", "\n".join(texts))
     assert len(commands) > 6
     for command, module in commands:
-        command = command.replace("$predict", "mu").replace("$loss", "vlb")
+        command = command.replace("$predict", "mu").replace("$loss", "vlb").replace("$schedule", "cosine")
         __import__(module).get_args(shlex.split(command)[1:])
 
 def test_code_in_the_readme_is_the_scripts():
