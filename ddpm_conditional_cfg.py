@@ -11,14 +11,14 @@ predictions points towards "more like class y", and w says how far to go.
 Seed 0, label accuracy and Fréchet distance (floor 12.1): w = -1 0.084, 39.2; w = 0 0.991, 12.5;
 w = 2 1.000, 45.7; w = 4 1.000, 50.1; classifier guidance at its best, w = 1: 0.951, 16.7.
 Differs from the paper:
-  - Ho et al. 2020's T steps and linear schedule (MNIST: cosine), not a log-SNR λ in [-20, 20] drawn in
-    continuous time.
-  - Ho et al. 2020's β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2). 8x8 digits are
-    drawn by DDIM in 50 steps; the paper takes more. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
+  - Ho et al. 2020's T steps, with the cosine schedule (CIFAR-10 and, on a GPU, cars: linear), not a log-SNR λ
+    in [-20, 20] drawn in continuous time.
+  - Ho et al. 2020's β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2), in fewer steps. Also
+    drawn: w = -1, ε_θ(x_t, t, ∅) alone.
   - Ho et al. 2020's U-Net, smaller, not Dhariwal & Nichol's. Their classifier pools by attention at 8x8; ours
     takes the mean, and is half as wide as the U-Net.
   - As in ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up,
-    x̂_0 clipped to [-1, 1] in sampling; the learning rate for digits and MNIST falls to 0.
+    x̂_0 clipped to [-1, 1] in sampling; the learning rate of the small presets falls to 0.
   - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are from a
     small classifier trained here. Compare them across w and with the floor, not with the paper's.
 What stands under "Copied from ddpm_ho_2020.py" is explained there, with Ho et al. 2020's equation numbers;
@@ -810,14 +810,18 @@ def examples(real, y):
 
 # ------------------------------------------------------------------------------------------------------- main
 
-SMALL = dict(channels=32, blocks=1, dropout=0.0, flip=False, lr=2e-3, ema=0.998, decay_lr=True)
+# Those of ddpm_ho_2020.py: with labels and without, the same network is trained alike.
+SMALL = dict(blocks=1, dropout=0.0, flip=False, lr=2e-3, decay_lr=True, warmup=200, ema=0.998,
+             schedule="cosine", sampling_steps=100, variance="beta_tilde")
 PRESETS = {  # what differs from the flags' defaults, which are Ho et al. 2020's for CIFAR-10
-    "digits": SMALL | dict(multipliers=[1, 2], attention=[4], steps=2000, warmup=100, sampler="ddim",
-                           sampling_steps=50),
-    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64, warmup=200,
-                          schedule="cosine", sampling_steps=100, variance="beta_tilde",
-                          on_gpu=dict(channels=32, multipliers=[1, 2, 3], steps=20_000)),
-    "cifar10": dict(sampling_steps=250),
+    "digits": SMALL | dict(channels=32, multipliers=[1, 2], attention=[4], steps=1700, sampling_steps=50),
+    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64),
+    "cifar10": {},
+    "cars": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[8], steps=4000, batch=64, flip=True,
+                         image_size=[32, 32]),
+}
+ON_GPU = PRESETS | {
+    "mnist": PRESETS["mnist"] | dict(channels=32, multipliers=[1, 2, 3], steps=20_000),
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=5, image_size=[32, 32])
@@ -921,10 +925,8 @@ def read_flags(p, argv):
     elif given.resume:
         defaults = load_checkpoint(Path(given.out or out, "checkpoint.pt"))["config"]
     else:
-        defaults = PRESETS.get(dataset, PRESETS["cars"]).copy()
-        on_gpu = defaults.pop("on_gpu", {})
-        if device.type != "cpu":
-            defaults |= on_gpu
+        presets = PRESETS if device.type == "cpu" else ON_GPU
+        defaults = presets.get(dataset, presets["cars"]).copy()
         if given.quick:
             defaults |= QUICK
         steps = given.steps or defaults.get("steps", p.get_default("steps"))
@@ -1012,7 +1014,7 @@ def get_args(argv=None):
     p.add_argument("--p-uncond", type=between(0, 1), default=0.1, help="share of labels dropped (paper: 0.1)")
     p.add_argument("--guidance", nargs="+", choices=KINDS, default=["free", "classifier"],
                    help="by Eq. (6); by a classifier; by a classifier on top of the label")
-    p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.5, 1, 2, 4], help="weights w of Eq. (6)")
+    p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.1, 0.3, 1, 4], help="weights w of Eq. (6)")
     p.add_argument("--classes", type=label_list, help="labels to draw, in equal shares, as 3,7; None: all")
     return read_flags(p, argv)
 
@@ -1085,11 +1087,11 @@ def main(args):
     n = 2 * K if K <= 10 else 8  # columns in the figure
     rows = [] if real is None else [("data", examples(real, y[:n]))]
     for kind, w in todo:
-        parts = []
+        parts, drawn = [], time.time()
         for some in y.split(portions(len(y), args.device)):
             parts.append((guide(kind, ema, classifier, s, some, K, w), len(some)))
         images, _ = sample(parts, s, args, shape)
-        row = {"w": w}
+        row = {"w": w, "seconds": time.time() - drawn}
         if judge is not None:
             row |= evaluate(images, y, judge, f_held)
         sweeps[kind].append(row)

@@ -1230,11 +1230,13 @@ def test_numbers_of_a_quick_run(quick, script):
     scores = cfg.class_scores(judge[1](f).double().log_softmax(1), torch.tensor(loaded["arr_1"]))
     assert {key: kept[key] for key in scores} == {key: pytest.approx(scores[key], rel=1e-4) for key in scores}
     for sweep in (m["sweep"], m["sweep_classifier"]):
-        assert [row["w"] for row in sweep] == [-1, 0, 0.5, 1, 2, 4]
-        assert all({"w", "frechet", "classifier_score", "label_accuracy"} == row.keys() for row in sweep)
+        assert [row["w"] for row in sweep] == [-1, 0, 0.1, 0.3, 1, 4]
+        keys = {"w", "seconds", "frechet", "classifier_score", "label_accuracy"}
+        assert all(row.keys() == keys and row["seconds"] > 0 for row in sweep)
         assert all(1 <= row["classifier_score"] <= 10 for row in sweep)
-    assert m["sweep"][0] == m["sweep_classifier"][0]  # w = -1: the unconditional model, twice
-    assert m["sweep"][5] != m["sweep_classifier"][5]
+    free, classifier = ([row["frechet"] for row in m[name]] for name in ("sweep", "sweep_classifier"))
+    assert free[0] == classifier[0]  # w = -1: the unconditional model, twice
+    assert free[5] != classifier[5]
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("script, flags", [
@@ -1387,21 +1389,22 @@ def test_flags(script, monkeypatch):
         assert get(f"--device={device} {flag}").bf16 == bf16
     for flags, steps, warmup in (
             ("--dataset=mnist --device=cpu", 7000, 200), ("--dataset=mnist --device=cuda", 20_000, 200),
-            ("--dataset=mnist --device=mps", 20_000, 200),
-            ("--dataset=mnist --device=mps --steps=7", 7, 1), ("--dataset=cars --steps=60", 60, 6),
-            ("--dataset=cars --steps=60 --warmup=5000", 60, 5000), ("--dataset=cars", 100_000, 5000),
+            ("--dataset=mnist --device=mps", 20_000, 200), ("--dataset=mnist --device=mps --steps=7", 7, 1),
+            ("--dataset=cars --device=cpu", 4000, 200), ("--dataset=cars --device=cuda", 100_000, 5000),
+            ("--dataset=cars --steps=60", 60, 6), ("--dataset=cars --steps=60 --warmup=5000", 60, 5000),
             ("--dataset=cifar10", 800_000, 5000), ("--quick --device=cuda --dataset=mnist", 30, 3)):
         args = get(flags)
         assert (args.steps, args.warmup) == (steps, warmup), flags
     for flags, attention in (  # the preset's, where a level has it
             ("", [4]), ("--multipliers 1", []), ("--multipliers 1 --attention 4", [4]),
-            ("--dataset=mnist", [7]), ("--dataset=cars", [16]), ("--dataset=cars --image-size=48x64", [])):
+            ("--dataset=mnist", [7]), ("--dataset=cars --device=cpu", [8]),
+            ("--dataset=cars --device=cuda", [16]), ("--dataset=cars --device=cuda --image-size=48x64", [])):
         assert get(flags).attention == attention, flags
     assert get("--image-size=48x64").image_size == [48, 64] and get("--image-size=32").image_size == [32, 32]
     for dataset, shape in (("digits", (1, 8, 8)), ("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)),
                            ("cars", (3, 64, 64))):
         with torch.device("meta"):
-            net = script.make_eps_theta(get(f"--dataset={dataset}"), shape)
+            net = script.make_eps_theta(get(f"--dataset={dataset} --device=cuda"), shape)
         params = sum(p.numel() for name, p in net.named_parameters() if name != "label.weight")
         assert dataset != "cifar10" or params == 35_746_307  # the paper's network
 
@@ -1578,6 +1581,9 @@ def test_copies_are_equal(script, least):
     for name in names:
         assert inspect.getsource(getattr(script, name)) == inspect.getsource(getattr(ddpm, name)), name
 
+def test_conditional_and_unconditional_models_are_trained_alike():
+    assert cfg.PRESETS == ddpm.PRESETS and cfg.ON_GPU == ddpm.ON_GPU
+
 def test_readme_commands_parse(monkeypatch):
     """Every `python script.py ...` of the README and the docstrings is a command that the script takes."""
     for script in (ddpm, cfg, sohl):
@@ -1585,10 +1591,15 @@ def test_readme_commands_parse(monkeypatch):
         monkeypatch.setattr(script, "load_checkpoint", lambda path, checkpoint=checkpoint: checkpoint)
     texts = [README, ddpm.__doc__, cfg.__doc__, sohl.__doc__, schedules.__doc__]
     commands = re.findall(r"python ((\w+)\.py[^\n`#&]*)", "\n".join(texts))
-    assert len(commands) > 6
+    loops = {name: shlex.split(values) for name, values in re.findall(r"for (\w+) in ([^;\n]+);", README)}
+    assert len(commands) > 6 and len(loops) > 2
     for command, module in commands:
-        command = command.replace("$predict", "mu").replace("$loss", "vlb").replace("$schedule", "cosine")
-        __import__(module).get_args(shlex.split(command)[1:])
+        used = re.findall(r"\$(\w+)", command)
+        for values in itertools.product(*(loops[name] for name in used)):
+            one = command
+            for name, value in zip(used, values):
+                one = one.replace(f"${name}", value)
+            __import__(module).get_args(shlex.split(one)[1:])
 
 def test_code_in_the_readme_is_the_scripts():
     def code(function):  # without its docstring, comments and decorators
@@ -1610,5 +1621,8 @@ def test_a_schedule_of_ones_own(monkeypatch):
     assert make_schedule("cubic", 10).alpha_bar[:10].float().allclose(expected)
 
 def test_equations_in_the_readme_exist():
-    for module, name in re.findall(r"`(\w+)\.py`: `(\w+)`", README):
-        assert hasattr(__import__(module), name) or hasattr(schedules.Schedule, name), name
+    named = re.findall(r"`(\w+)\.py`: (`\w+`(?:, `\w+`)*)", README)
+    assert len(named) > 10
+    for module, names in named:
+        for name in re.findall(r"\w+", names):
+            assert hasattr(__import__(module), name) or hasattr(schedules.Schedule, name), name
