@@ -784,7 +784,9 @@ def make_eps_theta(args, image_shape):
 # ---------------------------------------------------------------------------------------------------- figures
 
 def draw_rows(path, rows, columns=()):
-    """Images as a table. rows: pairs of a label and images, uint8 (n, C, H, W); columns: labels on top."""
+    """Images as a table. rows: pairs of a label and images, uint8 (n, C, H, W); columns: labels on top.
+        kept = [(name, np.load(f"runs/schedule-{name}/samples.npz")["arr_0"][:16]) for name in SCHEDULES]
+        draw_rows("trained.png", [(name, torch.tensor(x).permute(0, 3, 1, 2)) for name, x in kept])"""
     x = torch.stack([images.cpu() for _, images in rows])
     x = F.pad(x, (1, 1, 1, 1), value=255)  # (rows, n, C, H + 2, W + 2)
     R, n, C, H, W = x.shape
