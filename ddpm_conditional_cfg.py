@@ -13,8 +13,8 @@ Seed 0, Fréchet distance (floor 12.1) and label accuracy: w = -1 21.1, 0.088; w
 Differs from the paper:
   - Ho et al. 2020's T steps, with the cosine schedule (CIFAR-10 and, on a GPU, cars: linear), not a log-SNR λ
     in [-20, 20] drawn in continuous time.
-  - Ho et al. 2020's β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2), in fewer steps. Also
-    drawn: w = -1, ε_θ(x_t, t, ∅) alone.
+  - Ho et al. 2020's β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2); fewer steps, but
+    for CIFAR-10. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
   - Ho et al. 2020's U-Net, smaller, not Dhariwal & Nichol's. Their classifier pools by attention at 8x8; ours
     takes the mean, and is half as wide as the U-Net.
   - As in ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up,
@@ -812,10 +812,10 @@ def examples(real, y):
 
 # ------------------------------------------------------------------------------------------------------- main
 
-# Those of ddpm_ho_2020.py: with labels and without, the same network is trained alike.
+# Copied from ddpm_ho_2020.py
 SMALL = dict(blocks=1, dropout=0.0, flip=False, lr=2e-3, decay_lr=True, warmup=200, ema=0.998,
              schedule="cosine", sampling_steps=100, variance="beta_tilde")
-PRESETS = {  # what differs from the flags' defaults, which are Ho et al. 2020's for CIFAR-10
+PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
     "digits": SMALL | dict(channels=32, multipliers=[1, 2], attention=[4], steps=1700, sampling_steps=50),
     "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64),
     "cifar10": {},
@@ -826,6 +826,8 @@ ON_CUDA = PRESETS | {
     "mnist": PRESETS["mnist"] | dict(channels=32, multipliers=[1, 2, 3], steps=20_000),
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
+
+# Own: what --quick makes small, and what a checkpoint keeps.
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=5, image_size=[32, 32])
 PARTS = {"script", "config", "image_shape", "names", "step", "seconds", "losses", "ema"}  # of a checkpoint
 ONCE = "checkpoint resume out device bf16 quick num_samples classes w compile".split()  # not kept in it

@@ -1585,7 +1585,7 @@ def test_copies_are_equal(script, least):
         assert inspect.getsource(getattr(script, name)) == inspect.getsource(getattr(ddpm, name)), name
 
 def test_conditional_and_unconditional_models_are_trained_alike():
-    assert cfg.PRESETS == ddpm.PRESETS and cfg.ON_CUDA == ddpm.ON_CUDA
+    assert (cfg.SMALL, cfg.PRESETS, cfg.ON_CUDA) == (ddpm.SMALL, ddpm.PRESETS, ddpm.ON_CUDA)
 
 def test_readme_commands_parse(monkeypatch):
     """Every `python script.py ...` of the README and the docstrings is a command that the script takes."""
