@@ -8,13 +8,13 @@ predictions points towards "more like class y", and w says how far to go.
     python ddpm_conditional_cfg.py --dataset cars   # or cifar10, or a folder with a folder per class
     python ddpm_conditional_cfg.py --checkpoint assets/mnist_cfg.pt --w 2 --classes 7   # sevens, in seconds
 
-Seed 0, Fréchet distance (floor 12.1) and label accuracy: w = -1 21.1, 0.088; w = 0 12.5, 0.991; w = 1 22.3,
-1.000; w = 4 26.3, 1.000; guidance by the classifier at its best, w = 1: 15.8, 0.950.
+Seed 0, Fréchet distance (floor 12.1), label accuracy: w = -1: 21.1, 0.088; w = 0: 12.5, 0.991; w = 1: 22.3,
+1.000; w = 4: 26.3, 1.000; by the classifier, best at w = 1: 15.8, 0.950.
 Differs from the paper:
   - Ho et al. 2020's T steps, with the cosine schedule (CIFAR-10 and, on a GPU, cars: linear), not a log-SNR λ
     in [-20, 20] drawn in continuous time.
-  - Ho et al. 2020's β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2); fewer steps, but
-    for CIFAR-10. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
+  - σ_t² = β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2); fewer sampling steps, but for
+    CIFAR-10. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
   - Ho et al. 2020's U-Net, smaller, not Dhariwal & Nichol's. Their classifier pools by attention at 8x8; ours
     takes the mean, and is half as wide as the U-Net.
   - As in ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up,
@@ -108,7 +108,7 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=False):
     score in Eq. (6) if all are exact. conditional=True, which Dhariwal & Nichol found better, starts from
     ε_θ(x_t, t, y), which holds one ∇ log p(y | x_t) already: its scale is w.
     Their Algorithm 2 is this for DDIM. In ddpm_sample, unclipped, it shifts μ_θ by (1 + w) β_t / √α_t
-    ∇ log p(y | x_t): up to the factor 1 / √α_t the shift by Σ ∇ log p of their Algorithm 1.
+    ∇ log p(y | x_t). Their Algorithm 1 shifts by Σ ∇ log p: if σ_t² = β_t the same, but for 1 / √α_t.
     classifier: any callable (x, t) -> logits (B, K) with a gradient in x.   -> callable (x, t)"""
     if conditional:
         base, scale = guided(eps_theta, y, null, 0), w
@@ -137,7 +137,7 @@ def predict_x0(s, xt, t, eps_hat, clip=True):
     """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).
 
     Near t = T this divides by almost 0: a small error of ε̂ throws x̂_0 far out of the data's range. The clip
-    brings it back. It matters most in few steps: with all T, x̂_0 has a small factor in μ̃_t near T."""
+    brings it back. It matters most where β_t is large, by Eq. (11): in few steps, at the end of cosine."""
     x0_hat = (xt - extract((1 - s.alpha_bar).sqrt(), t, xt) * eps_hat) / extract(s.alpha_bar.sqrt(), t, xt)
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
@@ -160,7 +160,7 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
 @torch.no_grad()
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
-    """Algorithm 2 from x = x_T ~ N(0, I), or x_start.  Yields t = T-1 .. 0, x_t and the x̂_0 seen in x_{t+1}.
+    """Algorithm 2 from x = x_T ~ N(0, I), or x_start.  Yields t = T-1 .. 0, x_t, and x̂_0 predicted at t + 1.
 
         for t, x, x0_hat in ddpm_sample(ema, s, torch.randn(16, 1, 28, 28)):
             pass  # in the end x is x_0: 16 images"""
@@ -189,12 +189,12 @@ def subchain(eps_theta, s, steps):
         short_theta, short = subchain(ema, s, 50)
         chain = ddim_sample(short_theta, short, torch.randn(16, 1, 28, 28))"""
     grid = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
-    beta = from_alpha_bar(s.alpha_bar[grid], largest=1 - 1e-12)
+    beta = from_alpha_bar(s.alpha_bar[grid].cpu().double(), largest=1 - 1e-12)  # 0.999 would change ᾱ
 
     def short_theta(x, i):
         return eps_theta(x, grid[i])
 
-    return short_theta, Schedule(beta.cpu()).to(s.beta.device)
+    return short_theta, Schedule(beta).to(s.beta.device)
 
 # ---------------------------------------------------------------------------------------------- the networks
 
@@ -338,7 +338,7 @@ def init_weights(module):
     if isinstance(module, (ResBlock, Attention)):  # called after the layers that they hold
         nn.init.zeros_(module.out.weight)
 
-# Own: what guidance adds to the U-Net.
+# Only here: what guidance adds to the U-Net.
 class ConditionalUNet(UNet):
     """ε_θ(x_t, t, y): the U-Net, with the embedding of the label y added to that of t.
     (B, C, H, W), (B,), (B,) in 0..K -> (B, C, H, W).  Row K of the table is the null token ∅."""
@@ -521,11 +521,11 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
 def some_of(images, n, seed):
-    """n images drawn by the seed: as samples, real ones have the least distance that n samples can reach."""
+    """n images drawn by the seed: real ones, in place of n samples, give the floor of the distance."""
     i = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
     return images[i.to(images.device)]
 
-# Own: samples that were asked for by label.
+# Only here: samples that were asked for by label.
 def class_scores(log_p, y):
     """log_p (N, K), a classifier's log p(k | x) of samples asked for with labels y (N,).  -> dict
     classifier_score = exp E KL(p(k | x) || p(k)), the Inception Score's formula: from 1 to K."""
@@ -711,7 +711,7 @@ def train(args, net, ema, s, images, labels, train_step, loss, look, path, run):
             print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
             break
     signal.signal(signal.SIGINT, handler)
-    return run
+    return run | {"step": step}  # also in the processes that do not save
 
 def leave_torchrun():
     """After training, the first of torchrun's processes goes on alone."""
@@ -753,7 +753,7 @@ def in_fast_format(net, args):
         return net
     return net.to(memory_format=torch.channels_last)
 
-# Own: the networks.
+# Only here: the networks.
 def make_eps_theta(args, image_shape, K=10):
     """The network that args describe, for images (C, H, W) of K classes.  ValueError if they do not fit."""
     net = ConditionalUNet(K, image_shape, args.channels, args.multipliers, args.blocks, args.attention,
@@ -785,7 +785,7 @@ def draw_rows(path, rows, columns=()):
     ax.spines[:].set_visible(False)
     ax.figure.savefig(path, dpi=100, bbox_inches="tight")
 
-# Own: the paper's trade-off.
+# Only here: the paper's trade-off.
 def draw_tradeoff(path, sweeps, metrics):
     """Fréchet distance and label accuracy over w for sweeps {kind: [{"w", ...}]}; dotted: of real images."""
     figure = Figure((9, 3.6), layout="constrained")
@@ -801,8 +801,9 @@ def draw_tradeoff(path, sweeps, metrics):
     figure.savefig(path, dpi=100)
 
 def examples(real, y):
-    """Training images of the classes y (n,): of each class the first, the second, and so on."""
-    (images, labels), _, _ = real
+    """Real images of the classes y (n,): of each class the first, the second, and so on."""
+    (train_x, train_y), (held_x, held_y), _ = real
+    images, labels = torch.cat([train_x, held_x]), torch.cat([train_y, held_y])  # a part may lack a class
     used, picked = {}, []
     for k in y.tolist():
         of_class = (labels == k).nonzero()[:, 0]
@@ -827,7 +828,7 @@ ON_CUDA = PRESETS | {
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
 
-# Own: what --quick makes small, and what a checkpoint keeps.
+# Only here: what --quick makes small, and what a checkpoint keeps.
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=5, image_size=[32, 32])
 PARTS = {"script", "config", "image_shape", "names", "step", "seconds", "losses", "ema"}  # of a checkpoint
 ONCE = "checkpoint resume out device bf16 quick num_samples classes w compile".split()  # not kept in it
@@ -902,8 +903,8 @@ def add_flags(p):
     p.add_argument("--warmup", type=count, default=5000, help="steps to the full --lr (authors' code: 5000)")
     p.add_argument("--ema", type=fraction, default=0.9999, help="decay of the moving average (paper: 0.9999)")
     p.add_argument("--flip", action=yes_no, default=True, help="random horizontal flips (paper: yes)")
-    p.add_argument("--channels", type=count, default=128, help="width of the first level (paper: 128)")
-    p.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2], help="(paper: 1 2 2 2)")
+    p.add_argument("--channels", type=count, default=128, help="of the first level (authors' code: 128)")
+    p.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2], help="(authors': 1 2 2 2)")
     p.add_argument("--blocks", type=count, default=2, help="residual blocks per level (paper: 2)")
     p.add_argument("--attention", type=count, nargs="*", default=[16], help="sizes that have it (paper: 16)")
     p.add_argument("--dropout", type=fraction, default=0.1, help="in the residual blocks (paper: 0.1)")
@@ -1005,7 +1006,7 @@ def run_from_shell():
             fail("out of memory: a smaller --batch or --num-samples needs less")
         raise
 
-# Own: the flags of guidance, and the run.
+# Only here: the flags of guidance, and the run.
 def label_list(text):
     """3,7 -> [3, 7]"""
     return [int(label) for label in text.split(",")]

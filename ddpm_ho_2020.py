@@ -13,8 +13,8 @@ Expect of the first, on one CPU core, seed 0: 5 minutes and 1.0 GB; a classifier
 samples (of real digits 98 %), the rarest class is 9 %, their Fréchet distance is 1.2 times the floor.
 Differs from the paper:
   - Digits, MNIST and cars: smaller networks, shorter training, another learning rate (falling to 0), batch,
-    EMA, dropout and flips; the cosine schedule, which makes better MNIST digits in the same minutes, and
-    σ_t² = β̃_t in fewer than T sampling steps. Cars on a GPU: the paper's schedule and σ_t². See PRESETS.
+    EMA, dropout and flips; the cosine schedule, better on MNIST in equal time; fewer than T sampling steps;
+    σ_t² = β̃_t, in bits/dim too. Cars on a GPU: the paper's schedule and σ_t². See PRESETS.
   - As in the authors' code: gradients clipped at 1, the learning rate warmed up, x̂_0 clipped to [-1, 1] in
     sampling (not if μ̃ is predicted), σ_1² = β̃_2 in L_0, L trained as the mean of its terms, and the U-Net's
     widths, of which the paper says only that they make 35.7 M parameters.
@@ -72,7 +72,7 @@ def predict_x0(s, xt, t, eps_hat, clip=True):
     """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).
 
     Near t = T this divides by almost 0: a small error of ε̂ throws x̂_0 far out of the data's range. The clip
-    brings it back. It matters most in few steps: with all T, x̂_0 has a small factor in μ̃_t near T."""
+    brings it back. It matters most where β_t is large, by Eq. (11): in few steps, at the end of cosine."""
     x0_hat = (xt - extract((1 - s.alpha_bar).sqrt(), t, xt) * eps_hat) / extract(s.alpha_bar.sqrt(), t, xt)
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
@@ -91,7 +91,7 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
 @torch.no_grad()
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
-    """Algorithm 2 from x = x_T ~ N(0, I), or x_start.  Yields t = T-1 .. 0, x_t and the x̂_0 seen in x_{t+1}.
+    """Algorithm 2 from x = x_T ~ N(0, I), or x_start.  Yields t = T-1 .. 0, x_t, and x̂_0 predicted at t + 1.
 
         for t, x, x0_hat in ddpm_sample(ema, s, torch.randn(16, 1, 28, 28)):
             pass  # in the end x is x_0: 16 images"""
@@ -244,7 +244,7 @@ def init_weights(module):
     if isinstance(module, (ResBlock, Attention)):  # called after the layers that they hold
         nn.init.zeros_(module.out.weight)
 
-# ------------------------------------------------------- Secs. 3.1, 3.3: the bound on the likelihood, in bits
+# ----------------------------- Secs. 2, 3, 4.3, 4.4: the bound in bits/dim, progressive coding, interpolation
 
 def discrete_log_likelihood(x0, mean, sigma):
     """log ∫ N(x; mean, σ²) dx over the grey level of x_0, 2/255 wide, open at -1 and 1: a factor of Eq. (13).
@@ -276,7 +276,7 @@ def rate_distortion(eps_theta, s, x0, variance="beta", clip=True):
     RMSE of x̂_0(x_t) in grey levels of 255, t = T..1.
         rates, rmse = rate_distortion(ema, s, x0)"""
     alpha_bar_T = s.alpha_bar[-1]
-    L_T = (alpha_bar_T * x0 ** 2 - alpha_bar_T - (1 - alpha_bar_T).log()).mean() / 2  # from N(0, I), Eq. (5)
+    L_T = (alpha_bar_T * x0 ** 2 - alpha_bar_T - (1 - alpha_bar_T).log()).mean() / 2  # KL from N(0, I)
     rates, rmse = [L_T.item() / math.log(2)], []
     for t in tqdm(range(s.T, 0, -1), "bits/dim"):
         ts = torch.full((len(x0),), t, device=x0.device)
@@ -348,12 +348,12 @@ def subchain(eps_theta, s, steps):
         short_theta, short = subchain(ema, s, 50)
         chain = ddim_sample(short_theta, short, torch.randn(16, 1, 28, 28))"""
     grid = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
-    beta = from_alpha_bar(s.alpha_bar[grid], largest=1 - 1e-12)
+    beta = from_alpha_bar(s.alpha_bar[grid].cpu().double(), largest=1 - 1e-12)  # 0.999 would change ᾱ
 
     def short_theta(x, i):
         return eps_theta(x, grid[i])
 
-    return short_theta, Schedule(beta.cpu()).to(s.beta.device)
+    return short_theta, Schedule(beta).to(s.beta.device)
 
 def score(eps_theta, s, xt, t):
     """∇ log q(x_t) ≈ -ε_θ(x_t, t) / √(1 - ᾱ_t), as ∇ log q(x_t | x_0) = -ε / √(1 - ᾱ_t): L_simple is
@@ -365,15 +365,14 @@ def langevin_sample(eps_theta, s, x, clip=True, each=5, step=0.2):
     """Annealed Langevin dynamics, Song & Ermon 2019, Algorithm 1.  Yields what ddpm_sample yields.
 
     x ← x + α/2 ∇ log q(x) + √α z, `each` times per noise level, with α = 0.2 σ² as theirs. Our levels are
-    those of q: σ² = 1 - ᾱ_t, and x, which shrinks by √ᾱ_t where theirs does not, is rescaled between them.
-    They take 100 steps at 10 levels, we 5 at T. We end in x̂_0; they leave the last level's noise in."""
+    those of q: σ² = 1 - ᾱ_t, and x goes from one to the next unchanged. They take 100 steps at 10 levels, we
+    5 at T. We end in x̂_0; they leave the last level's noise in."""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         alpha = extract(step * (1 - s.alpha_bar), t, x)
         for _ in range(each):
             x = x + alpha / 2 * score(eps_theta, s, x, ts) + alpha.sqrt() * torch.randn_like(x)
         x0_hat = predict_x0(s, x, ts, eps_theta(x, ts), clip)
-        x = x * extract(s.alpha_bar.sqrt(), t - 1, x) / extract(s.alpha_bar.sqrt(), t, x)
         if t == 1:
             x = x0_hat
         yield t - 1, x, x0_hat
@@ -384,7 +383,7 @@ def repaint_sample(eps_theta, s, x, x0, known, variance="beta", clip=True, times
         chain = repaint_sample(ema, s, torch.randn_like(x0), x0, known=torch.rand(28, 28) < 0.5)
     The pixels of x0 (B, C, H, W) where known (bool, broadcast) is True come from q(x_{t-1} | x_0), the others
     from p_θ(x_{t-1} | x_t). The two do not fit, so one step of q leads back to x_t and p_θ draws again:
-    `times` draws per t, over which the others adapt. (The paper prints ᾱ_t, β_{t-1} for our ᾱ_{t-1}, β_t.)"""
+    `times` (their U) draws per t, so that the others adapt. (They print ᾱ_t, β_{t-1} for ᾱ_{t-1}, β_t.)"""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         draws = times if t > 1 else 1
@@ -553,11 +552,11 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
 def some_of(images, n, seed):
-    """n images drawn by the seed: as samples, real ones have the least distance that n samples can reach."""
+    """n images drawn by the seed: real ones, in place of n samples, give the floor of the distance."""
     i = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
     return images[i.to(images.device)]
 
-# Own: without labels asked for, a sample is good if it is clearly of some class, and if no class is missing.
+# Only here: without labels asked for, a sample is good if clearly of some class, and if no class is missing.
 def confidence(p):
     """p (N, K), a classifier's probabilities -> the share that it is sure of, and that of the rarest class"""
     return {"confident_share": (p.amax(1) > 0.9).float().mean().item(),
@@ -732,7 +731,7 @@ def train(args, net, ema, s, images, labels, train_step, loss, look, path, run):
             print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
             break
     signal.signal(signal.SIGINT, handler)
-    return run
+    return run | {"step": step}  # also in the processes that do not save
 
 def leave_torchrun():
     """After training, the first of torchrun's processes goes on alone."""
@@ -774,7 +773,7 @@ def in_fast_format(net, args):
         return net
     return net.to(memory_format=torch.channels_last)
 
-# Own: the network.
+# Only here: the network.
 def make_eps_theta(args, image_shape):
     """The network that args describe, for images of shape (C, H, W).  ValueError if the size does not fit."""
     net = UNet(image_shape, args.channels, args.multipliers, args.blocks, args.attention, args.dropout,
@@ -799,7 +798,7 @@ def draw_rows(path, rows, columns=()):
     ax.spines[:].set_visible(False)
     ax.figure.savefig(path, dpi=100, bbox_inches="tight")
 
-# Own: what this paper's figures show.
+# Only here: what this paper's figures show.
 def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
     ax = Figure((6, 4), layout="constrained").subplots()
     ax.plot(x, y)
@@ -976,8 +975,8 @@ def add_flags(p):
     p.add_argument("--warmup", type=count, default=5000, help="steps to the full --lr (authors' code: 5000)")
     p.add_argument("--ema", type=fraction, default=0.9999, help="decay of the moving average (paper: 0.9999)")
     p.add_argument("--flip", action=yes_no, default=True, help="random horizontal flips (paper: yes)")
-    p.add_argument("--channels", type=count, default=128, help="width of the first level (paper: 128)")
-    p.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2], help="(paper: 1 2 2 2)")
+    p.add_argument("--channels", type=count, default=128, help="of the first level (authors' code: 128)")
+    p.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2], help="(authors': 1 2 2 2)")
     p.add_argument("--blocks", type=count, default=2, help="residual blocks per level (paper: 2)")
     p.add_argument("--attention", type=count, nargs="*", default=[16], help="sizes that have it (paper: 16)")
     p.add_argument("--dropout", type=fraction, default=0.1, help="in the residual blocks (paper: 0.1)")
@@ -1079,7 +1078,7 @@ def run_from_shell():
             fail("out of memory: a smaller --batch or --num-samples needs less")
         raise
 
-# Own: the flags that the other script has no use for, and the run.
+# Only here: the flags that the other script has no use for, and the run.
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset, over the paper's values."""
     p = argparse.ArgumentParser(description="Ho et al. 2020. --dataset X --help shows the values for X.",

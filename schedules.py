@@ -150,8 +150,8 @@ def make_schedule(name, T):
 # --------------------------------------------------- the first practical: what does a schedule do to data?
 
 def accuracy_at(s, t, x, y, eps):
-    """The share of the last 500 digits, noised to t, with the same label as the nearest of the others, scaled
-    by √ᾱ_t: the x_0 with the largest log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / 2(1 - ᾱ_t) + c.
+    """1-nearest-neighbour accuracy on the last 500 digits, noised to t. The others, scaled by √ᾱ_t, are the
+    training set: the nearest is the x_0 of largest log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / (2 (1 - ᾱ_t)) + c.
     x (N, 64), y (N,), eps (500, 64)"""
     from sklearn.neighbors import KNeighborsClassifier
     nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])

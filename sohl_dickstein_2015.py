@@ -7,7 +7,7 @@ bound on the mean log-likelihood in which every term has a closed form, Eq. (14)
     K = - Σ_{t=2..T} E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
 The last step, p(x_0 | x_1), is not learned: it is the forward step with β_1, App. B.2, Eq. (44). Eq. (14)
-holds if -E log π(x_t) = H_p(X_T) for all t. For this the roll is standardised, and ρ is the data's rate.
+holds if -E log π(x_t) = H_p(X_T) for all t: so the roll is standardised, and π's bits have the data's rate ρ.
 
     python sohl_dickstein_2015.py                             # Swiss roll, T = 40, β learned
     python sohl_dickstein_2015.py --dataset heartbeat         # binary sequences, T = 2000
@@ -17,8 +17,8 @@ Expect, on one CPU core, seed 0: K = 2.61 ± 0.01 bits in 4 minutes (ceiling -H(
 its own roll). Heartbeat: K = -2.37 bits in 4 minutes (ceiling -2.32, paper -2.41), 99 % of samples valid.
 With the true moments in place of the network the roll's K is 0.033 bits higher. With the schedules' β, not
 learned, even they reach at most 0.8 bits (geometric). Posteriors (Sec. 2.5): the modes are found, but their
-weights are off, with stray points, where p(x_0 | x_t) is not Gaussian; Wasserstein-1 distance 0.085 of the
-denoised, 0.151 of the inpainted points (between two exact sets 0.014, 0.008; without r 0.67, 0.88).
+weights are off, with stray points, where p(x_0 | x_t) is not Gaussian; Wasserstein-1 distance in the worse
+coordinate: denoised 0.085, inpainted 0.151 (two exact sets: 0.014, 0.008; without r: 0.67, 0.88).
 
 Differs from the paper:
   - The network gets ᾱ_t, not t, and predicts the mean and covariance of x_0 or, for bits, P(x_0 = 1); f_mu,
@@ -29,7 +29,7 @@ Differs from the paper:
     The figure's arrows are scores, where Fig. 1 has the drift f_mu(x_t, t) - x_t.
   - Heartbeat: the paper's three sigmoid layers of 50, but they get each bit's evidence, not the bits; β_T is
     0.999, not 1.
-  - Posteriors: r(x_t) = E[r(x_0) | x_t] as if p(x_0 | x_t) were Gaussian, not r(x_0) at every t, Eq. (23);
+  - Posteriors: r(x_t) = E[r(x_0) | x_t] as if p(x_0 | x_t) were Gaussian, not one r for every t, Eq. (23);
     x_T is drawn from π alone.
   - Adam, its rate decayed to 0, gradients clipped at 100; the paper has SFO, a quasi-Newton method.
 
@@ -166,12 +166,12 @@ def train_step(kind, net, opt, x0):
 
 # ------------------------------------------ Sec. 2.5: posteriors.  Sec. 2.6: the entropy of a reverse step
 
-def given(moments, y, precision, xt, alpha_bar):
+def given(net, y, precision, xt, alpha_bar):
     """The moments of x_0 given x_t and y, for r(x_0) = Π_i N(y_i; x_0i, 1 / precision_i).  Sec. 2.5
     Used as the net, it gives p(x_{t-1} | x_t) r(x_{t-1}) / Z, Eq. (22), r(x_{t-1}) = E[r(x_0) | x_{t-1}];
     exactly if p(x_0 | x_t) is Gaussian, else nearly. precision (D,): 0 where y (D,) is not observed.
         chain = reverse(GAUSSIAN, s, partial(given, net, y, precision), xT)"""
-    x0_hat, S = moments(xt, alpha_bar)
+    x0_hat, S = net(xt, alpha_bar)
     identity = torch.eye(len(y), dtype=S.dtype, device=S.device)
     S = torch.linalg.solve(identity + S * precision, S)  # (S⁻¹ + diag(precision))⁻¹
     return x0_hat + (S @ (precision * (y - x0_hat))[..., None])[..., 0], S
@@ -564,7 +564,7 @@ PRESETS = {"swiss_roll": dict(T=40, schedule="learned", steps=6000, lr=4e-3, wid
            "heartbeat": dict(T=2000, schedule="inverse", steps=8000, lr=1e-2, width=50, num_samples=10_000)}
 QUICK = {"swiss_roll": dict(steps=100, batch=256, width=32, num_samples=2000),
          "heartbeat": dict(T=200, steps=200, batch=256, width=32, num_samples=2000)}
-OF_THIS_CALL = {"device", "out", "quick", "checkpoint", "resume"}  # not kl_of_step over from a checkpoint
+OF_THIS_CALL = {"device", "out", "quick", "checkpoint", "resume"}  # not taken over from a checkpoint
 
 def get_args(argv=None):
     """The flags. Their defaults are the checkpoint's settings, or those of --dataset and --quick."""
