@@ -520,11 +520,6 @@ def frechet_distance(a, b):
     root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # the trace of the root
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
-def some_of(images, n, seed):
-    """n images drawn by the seed: real ones, in place of n samples, give the floor of the distance."""
-    i = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
-    return images[i.to(images.device)]
-
 # Only here: samples that were asked for by label.
 def class_scores(log_p, y):
     """log_p (N, K), a classifier's log p(k | x) of samples asked for with labels y (N,).  -> dict
@@ -540,16 +535,28 @@ def evaluate(images, y, judge, f_held):
     log_p = judge[1](f).cpu().double().log_softmax(1)
     return {"frechet": frechet_distance(f, f_held)} | class_scores(log_p, y.cpu())
 
+def examples(real, y):
+    """Real images of the classes y (n,): of each class the first, the second, and so on."""
+    (images, labels), (held_out, held_labels), _ = real
+    picked = images.new_empty(len(y), *images.shape[1:])
+    for k in y.unique():
+        asked, of_class = y == k, images[labels == k]
+        if len(of_class) == 0:  # of a small class, all may be held out
+            of_class = held_out[held_labels == k]
+        i = torch.arange(asked.sum(), device=y.device) % len(of_class)
+        picked[asked] = of_class[i]
+    return picked
+
 def judge_of(real, y, K, args):
     """The judge, its features of held-out images of the classes in y, and its scores of real images.
     Too few samples or images for a covariance of 64 features: None, None, {}."""
     (images, labels), (held_out, held_labels), _ = real
-    shown, held = torch.isin(labels, y), torch.isin(held_labels, y)
+    held = torch.isin(held_labels, y)
     if min(len(y), held.sum()) <= 64:
         return None, None, {}
     judge = train_judge(images, labels, K, min(1000, args.steps))
     f_held = features_of(judge, held_out[held])
-    f_real = features_of(judge, some_of(images[shown], len(y), args.seed))
+    f_real = features_of(judge, examples(real, y))
     scores = evaluate(held_out[held], held_labels[held], judge, f_held)
     return judge, f_held, {"frechet_floor": frechet_distance(f_real, f_held),
                            "label_accuracy_real": scores["label_accuracy"]}
@@ -799,17 +806,6 @@ def draw_tradeoff(path, sweeps, metrics):
         ax.set(xlabel="w", ylabel=ylabel)
         ax.legend()
     figure.savefig(path, dpi=100)
-
-def examples(real, y):
-    """Real images of the classes y (n,): of each class the first, the second, and so on."""
-    (train_x, train_y), (held_x, held_y), _ = real
-    images, labels = torch.cat([train_x, held_x]), torch.cat([train_y, held_y])  # a part may lack a class
-    used, picked = {}, []
-    for k in y.tolist():
-        of_class = (labels == k).nonzero()[:, 0]
-        picked.append(of_class[used.get(k, 0) % len(of_class)])
-        used[k] = used.get(k, 0) + 1
-    return images[torch.stack(picked)]
 
 # ------------------------------------------------------------------------------------------------------- main
 
