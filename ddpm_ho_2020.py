@@ -893,13 +893,13 @@ SMALL = dict(blocks=1, dropout=0.0, flip=False, lr=2e-3, decay_lr=True, warmup=2
              schedule="cosine", sampling_steps=100, variance="beta_tilde")
 PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
     "digits": SMALL | dict(channels=32, multipliers=[1, 2], attention=[4], steps=1700, sampling_steps=50),
-    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64),
+    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64, lr=4e-3),
     "cifar10": {},
     "cars": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[8], steps=4000, batch=64, flip=True,
                          image_size=[32, 32]),
 }
 ON_CUDA = PRESETS | {
-    "mnist": PRESETS["mnist"] | dict(channels=32, multipliers=[1, 2, 3], steps=20_000),
+    "mnist": PRESETS["mnist"] | dict(channels=32, multipliers=[1, 2, 3], steps=20_000, lr=2e-3),
     "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
 }
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10, image_size=[32, 32])
