@@ -593,7 +593,7 @@ def test_judges_see_what_they_should(monkeypatch):
     f = partial(ddpm.features_of, judge)
     assert torch.equal(f(held), ddpm.to_float(held).flatten(1)) and len(ddpm.features_of(None, held)) == 300
     i = ddpm.some_of(torch.arange(600), 90, 3)
-    assert len(i.unique()) == 90
+    assert len(i.unique()) == 90 and torch.equal(i, cfg.some_of(torch.arange(600), 90, 3))
     assert not torch.equal(i, ddpm.some_of(torch.arange(600), 90, 4)) and len(ddpm.some_of(x, 9000, 0)) == 600
     samples = data(90)[0]
     for one in (judge, None):
@@ -611,7 +611,7 @@ def test_judges_see_what_they_should(monkeypatch):
     monkeypatch.setattr(cfg, "train_judge", lambda *args: asked.append(args) or judge)
     asked, args = [], types.SimpleNamespace(steps=20, seed=3)
     drawn = torch.tensor([0, 2] * 45)
-    shown, of_held = torch.cat([x[y == k][:45] for k in (0, 2)]), held[y_held != 1]
+    shown, of_held = torch.cat([cfg.some_of(x[y == k], 45, 3) for k in (0, 2)]), held[y_held != 1]
     one, f_held, m = cfg.judge_of(real, drawn, 3, args)
     assert one is judge and torch.equal(f_held, f(of_held)) and asked[0][2:] == (3, 20)
     assert m["frechet_floor"] == pytest.approx(cfg.frechet_distance(f(shown), f_held)) and f_held.std() > 0
@@ -1235,7 +1235,7 @@ def test_numbers_of_a_quick_run(quick, script):
     f, f_held = ddpm.features_of(judge, images), ddpm.features_of(judge, held_out[0])
     shown = ddpm.some_of(train[0], 100, 0)
     if script is cfg:
-        shown = cfg.examples((train, held_out, None), torch.tensor(loaded["arr_1"]))
+        shown = cfg.examples((train, held_out, None), torch.tensor(loaded["arr_1"]), 0)
     floor = ddpm.frechet_distance(ddpm.features_of(judge, shown), f_held)
     assert len(losses) == 30 and (losses > 0).all() and m["frechet_floor"] == pytest.approx(floor, rel=1e-4)
     kept = m if script is ddpm else m["sweep"][1]  # the samples of w = 0
