@@ -171,7 +171,7 @@ def main(args):
 
     ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
     columns = (args.T * torch.linspace(0, 1, 6) ** 2.5).round().long()  # dense where the roll is lost
-    curves = Figure(figsize=(8.5, 7), layout="constrained")
+    curves = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = curves.subplots(2, 2).ravel()
     pictures = Figure(figsize=(8.5, 0.72 * len(SCHEDULES)), layout="constrained")
     table = pictures.subplots(len(SCHEDULES), 12, subplot_kw=dict(xticks=[], yticks=[]))

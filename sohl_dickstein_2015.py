@@ -481,7 +481,7 @@ def draw_table(path, titles, rows, observed):
 def draw_bound(path, s, kl_of_step, lost, left, middle, right):
     """β_t; the band of Eq. (24), with its left side as zero; the bits that the network loses.  (T-1,) each"""
     t = range(2, s.T + 1)
-    fig = Figure(figsize=(8.5, 8), layout="constrained")
+    fig = Figure(figsize=(8.5, 5.5), layout="constrained")
     top, centre, bottom = fig.subplots(3, sharex=True, height_ratios=(2, 3, 2))
     top.plot(t, s.beta[2:].numpy(), ".-")
     top.set(title="the variance of each forward step", ylabel=r"$\beta_t$", yscale="log")
