@@ -383,7 +383,8 @@ def repaint_sample(eps_theta, s, x, x0, known, variance="beta", clip=True, times
         chain = repaint_sample(ema, s, torch.randn_like(x0), x0, known=torch.rand(28, 28) < 0.5)
     The pixels of x0 (B, C, H, W) where known (bool, broadcast) is True come from q(x_{t-1} | x_0), the others
     from p_θ(x_{t-1} | x_t). The two do not fit, so one step of q leads back to x_t and p_θ draws again:
-    `times` (their U) draws per t, so that the others adapt. (They print ᾱ_t, β_{t-1} for ᾱ_{t-1}, β_t.)"""
+    `times` (their U) draws per t, so that the others adapt. Larger steps adapt more: in equal time, few steps
+    (subchain) of many draws are best. (They print ᾱ_t, β_{t-1} for ᾱ_{t-1}, β_t.)"""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         draws = times if t > 1 else 1
@@ -867,12 +868,14 @@ def inpainting(args, eps_theta, s, judge, held_out, out):
     top, left = 3 * H // 10, 3 * W // 10
     known[top:H - top, left:W - left] = False
     x0 = to_float(images)
-    short_theta, short = subchain(eps_theta, s, min(args.sampling_steps, s.T))
+    steps = min(25, args.sampling_steps, s.T)  # few steps of many draws, see repaint_sample
+    short_theta, short = subchain(eps_theta, s, steps)
     parts = []
-    for part in x0.split(portions(len(x0), args.device)):
-        noise = torch.randn_like(part)
-        chain = repaint_sample(short_theta, short, noise, part, known, args.variance, args.clip)
-        parts.append(end_of(tqdm(chain, "inpainting", short.T)))
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
+        for part in x0.split(portions(len(x0), args.device)):
+            noise = torch.randn_like(part)
+            chain = repaint_sample(short_theta, short, noise, part, known, args.variance, args.clip, times=40)
+            parts.append(end_of(tqdm(chain, "inpainting", steps)))
     repaint = torch.cat(parts)
     i, j = distance_transform_edt(~known.cpu().numpy(), return_distances=False, return_indices=True)
     nearest, metrics = images[:, :, i, j], {}
