@@ -11,12 +11,12 @@ predictions points towards "more like class y", and w says how far to go.
 Seed 0, Fréchet distance (floor 9.1), label accuracy: w = -1: 21.1, 0.088; w = 0: 12.5, 0.991; w = 1: 22.3,
 1.000; w = 4: 26.3, 1.000; by the classifier, best at w = 1: 15.8, 0.950.
 Differs from the paper:
-  - Ho et al. 2020's T steps, with the cosine schedule (CIFAR-10 and, on a GPU, cars: linear), not a log-SNR λ
-    in [-20, 20] drawn in continuous time.
+  - Ho et al. 2020's T steps by the cosine schedule (CIFAR-10 and, on a GPU, cars: linear); the paper draws
+    the log-SNR λ in continuous time, from a form of that schedule on [-20, 20].
   - σ_t² = β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2); fewer sampling steps, but for
     CIFAR-10. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
-  - Ho et al. 2020's U-Net, smaller, not Dhariwal & Nichol's. Their classifier pools by attention at 8x8; ours
-    takes the mean, and is half as wide as the U-Net.
+  - Ho et al. 2020's U-Net, but for CIFAR-10 smaller, not Dhariwal & Nichol's. Their classifier pools by
+    attention at 8x8; ours takes the mean, and is half as wide as the U-Net.
   - As in ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up,
     x̂_0 clipped to [-1, 1] in sampling; the learning rate of the small presets falls to 0.
   - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are from a
@@ -78,17 +78,11 @@ def guided(eps_theta, y, null, w):
         for t, x, x0_hat in ddpm_sample(eps_tilde, s, torch.randn(16, 1, 28, 28)):
             pass
 
-    w = 0 is the conditional model and w = -1 the unconditional one, with one evaluation instead of two. Much
-    other code calls 1 + w the scale.   y (B,) in 0..null-1, else ValueError."""
+    This in ddpm_sample is Algorithm 2. w = 0 is the conditional model and w = -1 the unconditional one, with
+    one evaluation, not two. Much other code calls 1 + w the scale.  y (B,) in 0..null-1, else ValueError."""
     if y.min() < 0 or y.max() >= null:  # on CUDA an embedding fails on these without a useful message
         raise ValueError(f"labels must lie in 0..{null - 1}, not {y.min()}..{y.max()}")
     none = torch.full_like(y, null)
-
-    def conditional(x, t):
-        return eps_theta(x, t, y)
-
-    def unconditional(x, t):
-        return eps_theta(x, t, none)
 
     def eps_tilde(x, t):
         both = eps_theta(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, none]))  # in one batch of 2B
@@ -96,9 +90,9 @@ def guided(eps_theta, y, null, w):
         return (1 + w) * eps_y - w * eps_null
 
     if w == 0:
-        return conditional
+        return lambda x, t: eps_theta(x, t, y)
     if w == -1:
-        return unconditional
+        return lambda x, t: eps_theta(x, t, none)
     return eps_tilde
 
 def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=False):
@@ -259,7 +253,7 @@ class UNet(nn.Module):
     residual blocks on the way down and blocks + 1 on the way up; each of the latter is also given a map from
     the way down (skip connection). Attention follows every block of the levels whose shorter side it names,
     and stands once in the middle, always. timed=False: a network that is not told t.
-    ValueError if the sides cannot be halved so often, or if no level has a size that attention names."""
+    ValueError if the sides cannot be halved so often, or if attention names a size that no level has."""
     def __init__(self, image_shape, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
                  dropout=0.1, timed=True):
         super().__init__()
@@ -352,7 +346,7 @@ class ConditionalUNet(UNet):
         return self.decode(h, skips, emb).to(x.dtype)
 
 class NoisyClassifier(UNet):
-    """log p(y | x_t) + const: the U-Net's way down and middle, the mean over pixels, a linear layer.
+    """Logits of p(y | x_t): the U-Net's way down and middle, the mean over pixels, a linear layer.
     (B, C, H, W), (B,) -> logits (B, K).  After Dhariwal & Nichol 2021, Sec. 4"""
     def __init__(self, K, *args, **options):
         super().__init__(*args, **options)
@@ -419,7 +413,7 @@ def load_data(dataset, data_dir, download=True):
     return pairs[0], pairs[1], [name.split()[0] for name in sets[0].classes]  # MNIST's are "0 - zero" ...
 
 def body_of(model):
-    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other" for the 16 names that have none."""
+    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other" for the 15 names that have none."""
     for body in ("Cab", "Convertible", "Coupe", "Hatchback", "SUV", "Sedan", "Van", "Wagon"):
         if f" {body} " in model.replace("Minivan", "Van"):
             return body
@@ -430,14 +424,14 @@ def load_folder(dataset, data_dir, size, labels="model"):
     folder and below: scaled and cropped in the middle to size (H, W), in colour. The class is what the
     cars' .mat says, or with labels="body" what body_of makes of that; else the folder that an image lies in.
     A broken image is named and skipped."""
-    folder = Path(dataset)
+    folder = root = Path(dataset)
     if dataset == "cars":
-        folder = Path(data_dir)
+        folder = root = Path(data_dir)
         for name in ("cars_train", "stanford_cars"):
             if Path(data_dir, name).is_dir():
                 folder = Path(data_dir, name)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions()
-                   and path.is_file() and "cars_test" not in path.parts)  # named like the training images
+                   and path.is_file() and "cars_test" not in path.relative_to(folder).parts)  # same names
 
     def decode(path):
         try:
@@ -457,9 +451,9 @@ def load_folder(dataset, data_dir, size, labels="model"):
                       " the folder stanford_cars or cars_train of any copy of the set into --data-dir, as of"
                       " kaggle.com/datasets/jessicali9530/stanford-cars-dataset")
     model_names, model_of = None, {}
-    for mat in folder.rglob("cars_meta.mat"):
+    for mat in root.rglob("cars_meta.mat"):
         model_names = [str(name) for name in loadmat(mat, squeeze_me=True)["class_names"]]
-    for mat in folder.rglob("cars_train_annos.mat"):
+    for mat in root.rglob("cars_train_annos.mat"):
         for image in loadmat(mat, squeeze_me=True)["annotations"]:
             k = int(image["class"])  # from 1
             model_of[str(image["fname"])] = f"model {k:03}" if model_names is None else model_names[k - 1]
@@ -488,7 +482,7 @@ def train_judge(images, labels, K, steps, batch=128):
     uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head); None if there is but one class"""
     if K == 1:
         return None
-    torch.manual_seed(0)  # the same classifier for every run on this data, so that distances compare
+    torch.manual_seed(0)  # the same classifier in runs of 1000 steps or more, so that distances compare
     _, C, H, W = images.shape
     layers = [conv3(C, 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(), conv3(64, 64, 2), nn.ReLU(),
               nn.AvgPool2d(max(1, min(H, W) // 16)), nn.Flatten(), nn.Dropout(0.2)]  # of 64x64 images: by 4
@@ -541,7 +535,8 @@ def evaluate(images, y, judge, f_held):
     return {"frechet": frechet_distance(f, f_held)} | class_scores(log_p, y.cpu())
 
 def examples(real, y, seed=None):
-    """Real images of the classes y (n,): of each class the first, the second, ...; with a seed, shuffled."""
+    """Real images of the classes y (n,): of each class the first, the second, ... (once more from the first,
+    if it has too few); with a seed, shuffled."""
     (images, labels), (held_out, held_labels), _ = real
     picked = images.new_empty(len(y), *images.shape[1:])
     for k in y.unique():
@@ -564,9 +559,9 @@ def judge_of(real, y, K, args):
     judge = train_judge(images, labels, K, min(1000, args.steps))
     f_held = features_of(judge, held_out[held])
     f_real = features_of(judge, examples(real, y, args.seed))
-    scores = evaluate(held_out[held], held_labels[held], judge, f_held)
+    right = judge[1](f_held).argmax(1) == held_labels[held]
     return judge, f_held, {"frechet_floor": frechet_distance(f_real, f_held),
-                           "label_accuracy_real": scores["label_accuracy"]}
+                           "label_accuracy_real": right.double().mean().item()}
 
 # ----------------------------------------------------------------------------------- what a run leaves behind
 
@@ -593,7 +588,7 @@ def make_folder(out):
                 n += 1
             print(f"the earlier {out} is now", out.rename(out.with_name(f"{out.name}-{n}")))
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: --out . has no name to add -1 to
         fail(f"--out {out}: {e}")
 
 def save(state, path):
@@ -613,6 +608,9 @@ def load_checkpoint(path):
         fail(f"no checkpoint of {script}.py at {path}: missing, truncated or another ({type(e).__name__})")
     if not isinstance(state, dict) or state.get("script") != script or not PARTS <= state.keys():
         fail(f"no checkpoint of {script}.py at {path}: it is of another script, or lacks a part")
+    name = state["config"]["schedule"]
+    if name not in ["learned", *SCHEDULES]:
+        fail(f"no checkpoint of {script}.py at {path}: schedules.py has no schedule {name}")
     return state
 
 def open_run(args):
@@ -762,7 +760,7 @@ def sample(parts, s, args, image_shape, show=True):
     return torch.cat(images), frames
 
 def in_fast_format(net, args):
-    """The memory format that a CPU is faster with: channels last in float32, the usual one in bfloat16."""
+    """The memory format that is faster: channels last, but on a CPU in bfloat16 the usual one."""
     if args.device == "cpu" and args.bf16:
         return net
     return net.to(memory_format=torch.channels_last)
@@ -776,8 +774,8 @@ def make_eps_theta(args, image_shape, K=10):
 
 def make_classifier(args, image_shape, K=10):
     """The classifier of noised images, half as wide as the U-Net.  ValueError if they do not fit."""
-    net = NoisyClassifier(K, image_shape, args.channels // 2, args.multipliers, args.blocks, args.attention,
-                          args.dropout)
+    net = NoisyClassifier(K, image_shape, max(4, args.channels // 2), args.multipliers, args.blocks,
+                          args.attention, args.dropout)
     return in_fast_format(net, args)
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -839,7 +837,7 @@ SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
 KINDS = ["free", "classifier", "both"]
 
 # Copied from ddpm_ho_2020.py
-def between(low, high=math.inf, kind=float):
+def between(low, high=1e38, kind=float):
     """argparse's type for numbers from low to high, as --T and --lr are."""
     def parse(text):
         if not low <= kind(text) <= high:
@@ -888,7 +886,7 @@ def add_flags(p):
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
     p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64 or 48x64")
     p.add_argument("--labels", choices=["body", "model"], default="body", help="of cars: 9 types, or 196")
-    p.add_argument("--out", help="folder for all that is written")
+    p.add_argument("--out", help="folder for all that is written; runs at the same time need one each")
     p.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of weights, batches, samples")
     p.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps")
     p.add_argument("--bf16", action=yes_no, help="compute in bfloat16; default: where it is faster")
@@ -923,7 +921,8 @@ def read_flags(p, argv):
     argv = sys.argv[1:] if argv is None else argv
     unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))  # every flag as None
     given = p.parse_args([word for word in argv if word not in ("-h", "--help")], unset)
-    dataset, suffix = given.dataset or "digits", "-quick" if given.quick else ""
+    dataset = given.dataset or "digits"
+    suffix = "-quick" if given.quick else ""
     out = f"runs/{Path(__file__).stem}-{Path(dataset).resolve().name}{suffix}"
     device = open_device(given.device or p.get_default("device"))
     if given.checkpoint:
@@ -991,7 +990,8 @@ def finish(args, run, net, metrics, begin):
     print(f"in {out}:", *sorted(path.name for path in out.iterdir()))
     if not args.checkpoint:
         print(f"to draw more: python {run['script']}.py --checkpoint {out / 'checkpoint.pt'}")
-        print(f"to go on: python {run['script']}.py --resume --out {out} --steps {2 * args.steps}")
+        steps = args.steps if run["step"] < args.steps else 2 * run["step"]
+        print(f"to go on: python {run['script']}.py --resume --out {out} --steps {steps}")
     return metrics
 
 def run_from_shell():
@@ -1016,13 +1016,15 @@ def label_list(text):
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset, over Ho et al. 2020's values."""
-    p = argparse.ArgumentParser(description="Ho & Salimans 2022. --dataset X --help shows the values for X.",
+    p = argparse.ArgumentParser(description="Ho & Salimans 2022 (paper: of --T to --num-samples, Ho et al. "
+                                            "2020). --dataset X --help shows the values for X.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(p)
     p.add_argument("--p-uncond", type=between(0, 1), default=0.1, help="share of labels dropped (paper: 0.1)")
     p.add_argument("--guidance", nargs="+", choices=KINDS, default=["free", "classifier"],
                    help="by Eq. (6); by a classifier; by a classifier on top of the label")
-    p.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.1, 0.3, 1, 4], help="weights w of Eq. (6)")
+    p.add_argument("--w", type=between(-100, 100), nargs="+", default=[-1, 0, 0.1, 0.3, 1, 4],
+                   help="weights of Eq. (6) (paper: 0 to 4); the samples of the least |w| are kept")
     p.add_argument("--classes", type=label_list, help="labels to draw, in equal shares, as 3,7; None: all")
     return read_flags(p, argv)
 
@@ -1030,9 +1032,7 @@ def possible(kind, w, p_uncond):
     """Whether the network was shown what (kind, w) needs: ∅ if p_uncond > 0, labels if p_uncond < 1."""
     needs_null = kind == "classifier" or (kind == "free" and w != 0)
     needs_label = kind == "both" or (kind == "free" and w != -1)
-    if p_uncond == 0:
-        return not needs_null
-    return p_uncond < 1 or not needs_label
+    return (p_uncond > 0 or not needs_null) and (p_uncond < 1 or not needs_label)
 
 def guide(kind, ema, classifier, s, y, K, w):
     """The ε of --guidance kind, for the labels y."""
@@ -1051,20 +1051,26 @@ def main(args):
              "cars_train_annos.mat and cars_meta.mat, of the set's devkit, beside the images")
     if min(args.classes) < 0 or max(args.classes) >= K:
         fail(f"labels must lie in 0..{K - 1}, --classes are {args.classes}")
-    todo = [(kind, w) for kind in args.guidance for w in args.w if possible(kind, w, args.p_uncond)]
+    if real is not None and real[2] != names:
+        fail(f"{args.dataset} has other classes than the checkpoint: {', '.join(names)[:200]}")
+    classifier_path = Path(args.checkpoint or path).with_name("classifier.pt")
+    lacking = args.checkpoint and not classifier_path.exists()
+    todo = [(kind, w) for kind in args.guidance for w in sorted(args.w)
+            if possible(kind, w, args.p_uncond) and (kind == "free" or not lacking)]
     if len(todo) < len(args.guidance) * len(args.w):
-        print(f"with --p-uncond {args.p_uncond:g} only these can be drawn:", *todo)
+        print("only these can be drawn:", *todo)
+    if not todo and lacking:
+        fail(f"--guidance {' '.join(args.guidance)} needs {classifier_path}, which --resume trains")
     if not todo:
         fail("none of --w can be drawn: --p-uncond 0 has no ε(x, t, ∅), --p-uncond 1 no ε(x, t, y)")
 
-    net, ema = networks(lambda: make_eps_theta(args, shape, K), run, args)
     classifier, guides = None, any(kind != "free" for kind, _ in todo)
     if guides:
-        classifier_path = Path(args.checkpoint or path).with_name("classifier.pt")
         classifier_run = run | {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
-        if args.checkpoint or (args.resume and classifier_path.exists()):
+        if (args.checkpoint or args.resume) and classifier_path.exists():
             classifier_run = load_checkpoint(classifier_path)
         classifier_net, classifier = networks(lambda: make_classifier(args, shape, K), classifier_run, args)
+    net, ema = networks(lambda: make_eps_theta(args, shape, K), run, args)  # last: its seed is then in force
     s = make_schedule(args.schedule, args.T).to(args.device)
     announce(args, net, run, real)
     if not args.checkpoint:
@@ -1072,12 +1078,12 @@ def main(args):
             y = torch.arange(16, device=args.device) % K
             w = -1 if args.p_uncond == 1 else 0
             return sample([(guided(ema, y, K, w), 16)], s, args, shape, show=False)[0]
-        step = partial(train_step, null=K, p_uncond=args.p_uncond)
-        run = train(args, net, ema, s, *real[0], step, l_cfg, look, path, run)
+        one_step = partial(train_step, null=K, p_uncond=args.p_uncond)
+        run = train(args, net, ema, s, *real[0], one_step, l_cfg, look, path, run)
         if guides and run["step"] == args.steps:  # not after Ctrl-C
-            step = partial(train_step, null=K, p_uncond=0)
-            classifier_run = train(args, classifier_net, classifier, s, *real[0], step, l_classifier, None,
-                                   classifier_path, classifier_run)
+            one_step = partial(train_step, null=K, p_uncond=0)
+            classifier_run = train(args, classifier_net, classifier, s, *real[0], one_step, l_classifier,
+                                   None, classifier_path, classifier_run)
         leave_torchrun()
         save_weights(run, out / "weights.pt")
     if guides and classifier_run["step"] == 0:
@@ -1095,11 +1101,11 @@ def main(args):
     n = 2 * K if K <= 10 else 8  # columns in the figure
     rows = [] if real is None else [("data", examples(real, y[:n]))]
     for kind, w in todo:
-        parts, drawn = [], time.time()
+        parts, began = [], time.time()
         for some in y.split(portions(len(y), args.device)):
             parts.append((guide(kind, ema, classifier, s, some, K, w), len(some)))
         images, _ = sample(parts, s, args, shape)
-        row = {"w": w, "seconds": time.time() - drawn}
+        row = {"w": w, "seconds": time.time() - began}
         if judge is not None:
             row |= evaluate(images, y, judge, f_held)
         sweeps[kind].append(row)

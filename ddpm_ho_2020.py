@@ -16,8 +16,8 @@ Differs from the paper:
     EMA, dropout and flips; the cosine schedule, better on MNIST in equal time; fewer than T sampling steps;
     σ_t² = β̃_t, in bits/dim too. Cars on a GPU: the paper's schedule and σ_t². See PRESETS.
   - As in the authors' code: gradients clipped at 1, the learning rate warmed up, x̂_0 clipped to [-1, 1] in
-    sampling (not if μ̃ is predicted), σ_1² = β̃_2 in L_0, L trained as the mean of its terms, and the U-Net's
-    widths, of which the paper says only that they make 35.7 M parameters.
+    sampling and bits/dim (not if μ̃ is predicted), σ_1² = β̃_2 in L_0, L trained as the mean of its terms,
+    and the U-Net's widths, of which the paper says only that they make 35.7 M parameters.
   - Only here: the EMA's decay is warmed up; GroupNorm of narrow networks has fewer than 32 groups; strided
     convolutions pad both sides alike; batches are drawn with replacement; bfloat16 where it is faster, except
     to predict μ̃, which is too near to x_t. Bits/dim are of 128 held-out images. No learned Σ (Table 2).
@@ -165,7 +165,7 @@ class UNet(nn.Module):
     residual blocks on the way down and blocks + 1 on the way up; each of the latter is also given a map from
     the way down (skip connection). Attention follows every block of the levels whose shorter side it names,
     and stands once in the middle, always. timed=False: a network that is not told t.
-    ValueError if the sides cannot be halved so often, or if no level has a size that attention names."""
+    ValueError if the sides cannot be halved so often, or if attention names a size that no level has."""
     def __init__(self, image_shape, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
                  dropout=0.1, timed=True):
         super().__init__()
@@ -318,11 +318,7 @@ def as_eps_theta(net, s, predict):
         x0_hat = (net(xt, t) - b * xt) / a  # Eq. (7), μ̃_t = a x_0 + b x_t, solved for x_0
         return predict_eps(s, xt, t, x0_hat)
 
-    if predict == "x0":
-        return from_x0
-    if predict == "mu":
-        return from_mu
-    return net
+    return {"eps": net, "x0": from_x0, "mu": from_mu}[predict]
 
 def l_vlb(net, s, x0, t, eps, y=None, predict="eps", variance="beta"):
     """An estimate of (L - L_T) / T, Eq. (5): the mean of the terms of the t drawn, in bits/dim.  -> ()"""
@@ -364,9 +360,9 @@ def score(eps_theta, s, xt, t):
 def langevin_sample(eps_theta, s, x, clip=True, each=5, step=0.2):
     """Annealed Langevin dynamics, Song & Ermon 2019, Algorithm 1.  Yields what ddpm_sample yields.
 
-    x ← x + α/2 ∇ log q(x) + √α z, `each` times per noise level, with α = 0.2 σ² as theirs. Our levels are
-    those of q: σ² = 1 - ᾱ_t, and x goes from one to the next unchanged. They take 100 steps at 10 levels, we
-    5 at T. We end in x̂_0; they leave the last level's noise in."""
+    x ← x + α/2 ∇ log q(x) + √α z, `each` times per noise level. α, no 1 - β_t here, is a step size, 0.2 σ² as
+    theirs. Our levels are those of q: σ² = 1 - ᾱ_t, and x goes from one to the next unchanged. They take 100
+    steps at 10 levels, we 5 at T. We end in x̂_0; they leave the last level's noise in."""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         alpha = extract(step * (1 - s.alpha_bar), t, x)
@@ -384,7 +380,7 @@ def repaint_sample(eps_theta, s, x, x0, known, variance="beta", clip=True, times
     The pixels of x0 (B, C, H, W) where known (bool, broadcast) is True come from q(x_{t-1} | x_0), the others
     from p_θ(x_{t-1} | x_t). The two do not fit, so one step of q leads back to x_t and p_θ draws again:
     `times` (their U) draws per t, so that the others adapt. Larger steps let them adapt more: in equal time,
-    25 steps (subchain) of 40 draws do better than 100 of 10. (They print ᾱ_t, β_{t-1} for ᾱ_{t-1}, β_t.)"""
+    25 steps (subchain) of 40 beat 100 of 10. (They print ᾱ_t, β_{t-1} for ᾱ_{t-1}, β_t; no √ over 1 - ᾱ.)"""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         draws = times if t > 1 else 1
@@ -452,7 +448,7 @@ def load_data(dataset, data_dir, download=True):
     return pairs[0], pairs[1], [name.split()[0] for name in sets[0].classes]  # MNIST's are "0 - zero" ...
 
 def body_of(model):
-    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other" for the 16 names that have none."""
+    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other" for the 15 names that have none."""
     for body in ("Cab", "Convertible", "Coupe", "Hatchback", "SUV", "Sedan", "Van", "Wagon"):
         if f" {body} " in model.replace("Minivan", "Van"):
             return body
@@ -463,14 +459,14 @@ def load_folder(dataset, data_dir, size, labels="model"):
     folder and below: scaled and cropped in the middle to size (H, W), in colour. The class is what the
     cars' .mat says, or with labels="body" what body_of makes of that; else the folder that an image lies in.
     A broken image is named and skipped."""
-    folder = Path(dataset)
+    folder = root = Path(dataset)
     if dataset == "cars":
-        folder = Path(data_dir)
+        folder = root = Path(data_dir)
         for name in ("cars_train", "stanford_cars"):
             if Path(data_dir, name).is_dir():
                 folder = Path(data_dir, name)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions()
-                   and path.is_file() and "cars_test" not in path.parts)  # named like the training images
+                   and path.is_file() and "cars_test" not in path.relative_to(folder).parts)  # same names
 
     def decode(path):
         try:
@@ -490,9 +486,9 @@ def load_folder(dataset, data_dir, size, labels="model"):
                       " the folder stanford_cars or cars_train of any copy of the set into --data-dir, as of"
                       " kaggle.com/datasets/jessicali9530/stanford-cars-dataset")
     model_names, model_of = None, {}
-    for mat in folder.rglob("cars_meta.mat"):
+    for mat in root.rglob("cars_meta.mat"):
         model_names = [str(name) for name in loadmat(mat, squeeze_me=True)["class_names"]]
-    for mat in folder.rglob("cars_train_annos.mat"):
+    for mat in root.rglob("cars_train_annos.mat"):
         for image in loadmat(mat, squeeze_me=True)["annotations"]:
             k = int(image["class"])  # from 1
             model_of[str(image["fname"])] = f"model {k:03}" if model_names is None else model_names[k - 1]
@@ -520,7 +516,7 @@ def train_judge(images, labels, K, steps, batch=128):
     uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head); None if there is but one class"""
     if K == 1:
         return None
-    torch.manual_seed(0)  # the same classifier for every run on this data, so that distances compare
+    torch.manual_seed(0)  # the same classifier in runs of 1000 steps or more, so that distances compare
     _, C, H, W = images.shape
     layers = [conv3(C, 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(), conv3(64, 64, 2), nn.ReLU(),
               nn.AvgPool2d(max(1, min(H, W) // 16)), nn.Flatten(), nn.Dropout(0.2)]  # of 64x64 images: by 4
@@ -601,7 +597,7 @@ def make_folder(out):
                 n += 1
             print(f"the earlier {out} is now", out.rename(out.with_name(f"{out.name}-{n}")))
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: --out . has no name to add -1 to
         fail(f"--out {out}: {e}")
 
 def save(state, path):
@@ -621,6 +617,9 @@ def load_checkpoint(path):
         fail(f"no checkpoint of {script}.py at {path}: missing, truncated or another ({type(e).__name__})")
     if not isinstance(state, dict) or state.get("script") != script or not PARTS <= state.keys():
         fail(f"no checkpoint of {script}.py at {path}: it is of another script, or lacks a part")
+    name = state["config"]["schedule"]
+    if name not in ["learned", *SCHEDULES]:
+        fail(f"no checkpoint of {script}.py at {path}: schedules.py has no schedule {name}")
     return state
 
 def open_run(args):
@@ -769,7 +768,7 @@ def sample(parts, s, args, image_shape, show=True):
     return torch.cat(images), frames
 
 def in_fast_format(net, args):
-    """The memory format that a CPU is faster with: channels last in float32, the usual one in bfloat16."""
+    """The memory format that is faster: channels last, but on a CPU in bfloat16 the usual one."""
     if args.device == "cpu" and args.bf16:
         return net
     return net.to(memory_format=torch.channels_last)
@@ -852,7 +851,7 @@ def experiments(args, eps_theta, s, judge, held_out, out):
 
     a, b, weights = x0[:1], x0[-1:], [i / 10 for i in range(11)]
     rows = [("pixels", to_uint8(torch.cat([(1 - weight) * a + weight * b for weight in weights])))]
-    for t in (max(1, s.T // 4), max(1, s.T // 2), max(1, 3 * s.T // 4), s.T):
+    for t in (max(1, s.T // 4), s.T // 2, 3 * s.T // 4, s.T):
         mixed = interpolate(s, a, b, t, weights)
         rows.append((f"t = {t}", end_of(ddpm_sample(eps_theta, s, mixed, args.variance, args.clip, t))))
     draw_rows(out / "interpolation.png", rows, [f"λ={weight}" for weight in weights])
@@ -911,7 +910,7 @@ ONCE = "checkpoint resume out device bf16 quick num_samples experiments compile"
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "langevin": langevin_sample}
 
 # Both image scripts take these.
-def between(low, high=math.inf, kind=float):
+def between(low, high=1e38, kind=float):
     """argparse's type for numbers from low to high, as --T and --lr are."""
     def parse(text):
         if not low <= kind(text) <= high:
@@ -960,7 +959,7 @@ def add_flags(p):
     p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
     p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64 or 48x64")
     p.add_argument("--labels", choices=["body", "model"], default="body", help="of cars: 9 types, or 196")
-    p.add_argument("--out", help="folder for all that is written")
+    p.add_argument("--out", help="folder for all that is written; runs at the same time need one each")
     p.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of weights, batches, samples")
     p.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps")
     p.add_argument("--bf16", action=yes_no, help="compute in bfloat16; default: where it is faster")
@@ -995,7 +994,8 @@ def read_flags(p, argv):
     argv = sys.argv[1:] if argv is None else argv
     unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))  # every flag as None
     given = p.parse_args([word for word in argv if word not in ("-h", "--help")], unset)
-    dataset, suffix = given.dataset or "digits", "-quick" if given.quick else ""
+    dataset = given.dataset or "digits"
+    suffix = "-quick" if given.quick else ""
     out = f"runs/{Path(__file__).stem}-{Path(dataset).resolve().name}{suffix}"
     device = open_device(given.device or p.get_default("device"))
     if given.checkpoint:
@@ -1063,7 +1063,8 @@ def finish(args, run, net, metrics, begin):
     print(f"in {out}:", *sorted(path.name for path in out.iterdir()))
     if not args.checkpoint:
         print(f"to draw more: python {run['script']}.py --checkpoint {out / 'checkpoint.pt'}")
-        print(f"to go on: python {run['script']}.py --resume --out {out} --steps {2 * args.steps}")
+        steps = args.steps if run["step"] < args.steps else 2 * run["step"]
+        print(f"to go on: python {run['script']}.py --resume --out {out} --steps {steps}")
     return metrics
 
 def run_from_shell():

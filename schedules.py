@@ -39,7 +39,7 @@ def time(T):
 
 @schedule
 def linear(T):
-    """β_t evenly spaced from 1e-4 to 0.02.  Ho et al. 2020, Sec. 4, for T = 1000; here times 1000/T."""
+    """β_t evenly spaced from 1e-4 to 0.02.  Ho et al. 2020, Sec. 4, T = 1000; times 1000/T, at most 0.999."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # fewer steps, each of them larger
     return F.pad(beta.clamp(max=0.999), (1, 0))  # β_0 = 0
 
@@ -73,8 +73,8 @@ def geometric(T):
     """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.1.
 
     They add noise without shrinking the data, x_0 + σ_t z. Divided by √(1 + σ_t²) the variance stays 1, and
-    ᾱ_t = 1 / (1 + σ_t²). Theirs: 0.01 .. 1 (Sec. 5), in 2020 up to 50, for pixels in [0, 1]. On [-1, 1] these
-    would be doubled; we keep the numbers. A top of 1 would leave 0.71 of the signal."""
+    ᾱ_t = 1 / (1 + σ_t²). Theirs: 0.01 .. 1 (Sec. 5), in 2020 up to 50 on CIFAR-10, for pixels in [0, 1]. On
+    [-1, 1] these would be doubled; we keep the numbers. A top of 1 would leave 0.71 of the signal."""
     sigma = F.pad(torch.logspace(-2, math.log10(50), T, dtype=torch.float64), (1, 0))  # σ_0 = 0
     return from_alpha_bar(1 / (1 + sigma ** 2))
 
@@ -199,7 +199,6 @@ def main(args):
     curves.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     for ax, t in zip(table[0], [*columns, *columns]):
         ax.set_title(f"t={t}", fontsize=10)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     curves.savefig(f"{args.out}/schedules.png", dpi=150)
     pictures.savefig(f"{args.out}/destruction.png", dpi=150)
     text = json.dumps({"config": vars(args), **metrics}, indent=1)
@@ -213,8 +212,12 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--out", default="runs/schedules", help="folder for the figures")
     args = p.parse_args(argv)
-    if args.T < 2:
-        p.error("--T must be at least 2")
+    if args.T < 2 or not 0 <= args.seed < 2 ** 32:
+        p.error("--T must be at least 2, --seed from 0 to 4294967295")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        p.error(f"--out {args.out}: {e}")
     return args
 
 if __name__ == "__main__":

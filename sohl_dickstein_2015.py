@@ -31,7 +31,7 @@ Differs from the paper:
     0.999, not 1.
   - Posteriors: r(x_t) = E[r(x_0) | x_t] as if p(x_0 | x_t) were Gaussian, not one r for every t, Eq. (23);
     x_T is drawn from π alone.
-  - Adam, its rate decayed to 0, gradients clipped at 100; the paper has SFO, a quasi-Newton method.
+  - Adam (its second β 0.99), its rate decayed to 0, gradients clipped at 100; the paper: SFO, quasi-Newton.
 
 Shapes: B batch, D dimensions of x (2 of the roll, 20 of the heartbeat); t (B,), and so ᾱ_t by extract (B, 1).
 All is float64, since 1 - ᾱ_1 is 1e-7; only the networks' layers are float32.
@@ -143,7 +143,7 @@ def bound(kind, s, net, x0, t):
 def schedule_of(net):
     """The Schedule of net.logits (T,): β_t = sigmoid(logits[t-1]). All but β_1 may learn, Sec. 2.4.1."""
     logits = torch.cat([net.logits[:1].detach(), net.logits[1:]])
-    beta = logits.sigmoid().clamp(1e-15, 0.999)  # inside (0, 1), as Schedule demands
+    beta = logits.sigmoid().clamp(1e-15, 0.999)  # inside (0, 1), as Schedule demands; 0.999 as in schedules
     return Schedule(nn.functional.pad(beta, (1, 0)))  # β_0 = 0
 
 def train_step(kind, net, opt, x0):
@@ -223,7 +223,7 @@ class RollNet(nn.Module):
         self.logits = nn.Parameter(beta.logit(), requires_grad=learned)
 
     def forward(self, xt, alpha_bar):
-        x, log_snr = xt.float(), alpha_bar.logit().float()
+        x, log_snr = xt.float(), alpha_bar.logit().float()  # SNR = ᾱ / (1 - ᾱ); its log is 16 to -6
         waves = (x[:, :, None] * torch.arange(1, 17, device=x.device)).flatten(1)  # (B, 32)
         out = self.layers(torch.cat([x, log_snr / 4, waves.sin(), waves.cos()], 1)).to(xt.dtype)
         g, log_diagonal, below = out.split([2, 2, 1], 1)
@@ -244,7 +244,7 @@ class HeartbeatNet(nn.Module):
 # -------------------------------------------------------------------------------------- not in the paper
 
 def score(x0_hat, xt, alpha_bar):
-    """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t), the mean over x_0 of ∇ log q(x_t | x_0).
+    """∇ log q(x_t) = (√ᾱ_t E[x_0 | x_t] - x_t) / (1 - ᾱ_t): ∇ log q(x_t | x_0), averaged over q(x_0 | x_t).
     f_mu is μ̃_t at x̂_0, linear in the score: learning f_mu is score matching (Vincent 2011).  -> (B, D)
         x0_hat, S = net(xt, alpha_bar)
         field = score(x0_hat, xt, alpha_bar)"""
@@ -309,7 +309,7 @@ def negative_entropy(density):
     """-H(X) = E log q(x_0) in bits: the mean over the spiral of 7 x 7 Gauss-Hermite points about it."""
     m, v, _, _ = density
     centres = m / v.sqrt()  # in units of the noise
-    some = centres[len(m) // 400::len(m) // 200]  # the middles of 200 equal parts of the spiral
+    some = centres[len(m) // 400::len(m) // 200]  # the middles of 200 parts of the spiral or more
     z, weight = np.polynomial.hermite_e.hermegauss(7)
     mean = 0.0
     for i in range(7):
@@ -324,7 +324,7 @@ def fail(message):
     tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
-def between(low, high=math.inf, kind=float):
+def between(low, high=1e38, kind=float):
     """argparse's type for numbers from low to high, as --T and --lr are."""
     def parse(text):
         if not low <= kind(text) <= high:
@@ -369,7 +369,7 @@ def make_folder(out):
                 n += 1
             print(f"the earlier {out} is now", out.rename(out.with_name(f"{out.name}-{n}")))
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: --out . has no name to add -1 to
         fail(f"--out {out}: {e}")
 
 def save(state, path):
@@ -389,6 +389,9 @@ def load_checkpoint(path):
         fail(f"no checkpoint of {script}.py at {path}: missing, truncated or another ({type(e).__name__})")
     if not isinstance(state, dict) or state.get("script") != script or not PARTS <= state.keys():
         fail(f"no checkpoint of {script}.py at {path}: it is of another script, or lacks a part")
+    name = state["config"]["schedule"]
+    if name not in ["learned", *SCHEDULES]:
+        fail(f"no checkpoint of {script}.py at {path}: schedules.py has no schedule {name}")
     return state
 
 def run_from_shell():
@@ -458,9 +461,8 @@ def evaluate(kind, s, net, x0, seed=1):
 # ---------------------------------------------------------------------------------- experiments and figures
 
 def wasserstein(a, b):
-    """The larger, over the two coordinates, of the Wasserstein-1 distances of a and b.  (n, 2), (m, 2)"""
-    n = min(len(a), len(b))
-    return (a[:n].sort(0).values - b[:n].sort(0).values).abs().mean(0).max().item()
+    """The larger, over the two coordinates, of the Wasserstein-1 distances of two sets.  (n, 2), (n, 2)"""
+    return (a.sort(0).values - b.sort(0).values).abs().mean(0).max().item()
 
 def draw_table(path, titles, rows, observed):
     """A table of pictures. rows: {name: list of points (n, 2) or arrows (n, 4)}; observed: in red, by row"""
@@ -504,14 +506,16 @@ def roll_experiments(noise, out, s, net, held_out, kl_of_step):
     for name in SCHEDULES:
         K_ideal, _ = evaluate(GAUSSIAN, make_schedule(name, s.T), exact, x0)
         metrics[f"K_ideal_bits_{name}"] = K_ideal.mean().item()
-    some, entropies = held_out[:10_000], []
+    some, sides = held_out[:10_000], []
     for t in range(2, s.T + 1):
         three = entropy_of_step(GAUSSIAN, s, net, some, torch.full((len(some),), t))
-        entropies.append(torch.stack(three).mean(1).numpy())
-    draw_bound(out / "bound.png", s, kl_of_step, kl_same - kl_exact, *np.stack(entropies, 1))
+        sides.append(torch.stack(three).mean(1).numpy())
+    draw_bound(out / "bound.png", s, kl_of_step, kl_same - kl_exact, *np.stack(sides, 1))
 
     xT = torch.randn(2000, 2, dtype=torch.float64)
-    samples = {s.T: xT} | dict(reverse(GAUSSIAN, s, net, xT))  # of p(x_t), by t
+    samples = {s.T: xT}  # of p(x_t), by t
+    for t, x in reverse(GAUSSIAN, s, net, xT):
+        samples[t] = x
     times = [max(2, s.T * quarter // 4) for quarter in range(5)]  # f_mu starts at t = 2: x_2 is nearly x_0
     rows = {"q(x_t)": [], "p(x_t)": [], "∇ log q by f_mu": [], "∇ log q, exact": []}
     for t in times:
@@ -533,19 +537,19 @@ def roll_experiments(noise, out, s, net, held_out, kl_of_step):
         r = (-precision * (y - many) ** 2 / 2).sum(1).exp()
         accepted = torch.rand(len(many)) < r  # rejection sampling
         wanted, again = many[accepted][:10_000].chunk(2)
-        start = torch.randn(5000, 2, dtype=torch.float64)
-        for _, xt in reverse(GAUSSIAN, s, partial(given, net, y, precision), start):
+        pure_noise = torch.randn(5000, 2, dtype=torch.float64)
+        for _, xt in reverse(GAUSSIAN, s, partial(given, net, y, precision), pure_noise):
             x = xt  # x_0 comes last
         metrics[f"{task}_distance"] = wasserstein(x, wanted)
         metrics[f"{task}_distance_floor"] = wasserstein(again, wanted)
-        metrics[f"{task}_distance_without_r"] = wasserstein(samples[0], wanted)
+        metrics[f"{task}_distance_without_r"] = wasserstein(samples[0], wanted[:2000])
         rows[f"{task}; red: observed"] = [samples[0], wanted[:2000], x[:2000]]
     observed = ([0.5], [-0.3]), ([0.5, 0.5], [-9, 9])  # all of y; y_1: a line
     draw_table(out / "posteriors.png", ["p alone", "exact posterior", "p, r in each step"], rows, observed)
 
     ax = Figure(figsize=(3, 3)).add_axes((0, 0, 1, 1), xlim=(-3, 3), ylim=(-3, 3))
     dots = ax.scatter(*xT.T.numpy(), s=0.5, c="k")
-    frames = [*range(s.T, 0, -1 - s.T // 60), *[0] * 10]
+    frames = [*range(s.T, 0, -1 - s.T // 60), *[0] * 10]  # 60 at most, then x_0 for a second
     film = FuncAnimation(ax.figure, lambda t: dots.set_offsets(samples[t].numpy()), frames)
     film.save(out / "reverse.gif", "pillow", 10)
     return metrics
@@ -667,7 +671,8 @@ def main(args):
     if not args.checkpoint:
         command = f"python {Path(__file__).name}"
         print(f"go on with: {command} --checkpoint {out}/checkpoint.pt")
-        print(f"        or: {command} --resume --out {out} --steps {2 * args.steps}")
+        steps = args.steps if state["step"] < args.steps else 2 * state["step"]
+        print(f"        or: {command} --resume --out {out} --steps {steps}")
     return metrics
 
 if __name__ == "__main__":
