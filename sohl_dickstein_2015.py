@@ -16,9 +16,10 @@ holds if -E log π(x_t) = H_p(X_T) for all t: so the roll is standardised, and �
 Expect, on one CPU core, seed 0: K = 2.61 ± 0.01 bits in 4 minutes (ceiling -H(X_0) = 2.70; paper 2.35, for
 its own roll). Heartbeat: K = -2.37 bits in 4 minutes (ceiling -2.32, paper -2.41), 99 % of samples valid.
 With the true moments in place of the network the roll's K is 0.033 bits higher. With the schedules' β, not
-learned, even they reach at most 0.8 bits (geometric). Posteriors (Sec. 2.5): the modes are found, but their
-weights are off, with stray points, where p(x_0 | x_t) is not Gaussian; Wasserstein-1 distance in the worse
-coordinate: denoised 0.085, inpainted 0.151 (two exact sets: 0.014, 0.008; without r: 0.67, 0.88).
+learned, even they reach at most 0.8 bits (geometric); inverse, which the paper's footnote 2 calls as good as
+a learned β, -3.1. Posteriors (Sec. 2.5): the modes are found, but their weights are off, with stray points,
+where p(x_0 | x_t) is not Gaussian; Wasserstein-1 distance in the worse coordinate: denoised 0.085, inpainted
+0.151 (two exact sets: 0.014, 0.008; without r: 0.67, 0.88).
 
 Differs from the paper:
   - The network gets ᾱ_t, not t, and predicts the mean and covariance of x_0 or, for bits, P(x_0 = 1); f_mu,

@@ -318,18 +318,20 @@ def test_interpolation_ends_at_the_noised_endpoints():
 
 def test_inpainting_of_an_exact_gaussian():
     """Two pixels of correlation ρ, the first is known: the other is N(ρ a, 1 - ρ²), if they are let adapt."""
-    s, rho, a, known = make_schedule("linear", 50), 0.8, 1.5, torch.tensor([True, False])
+    rho, a, known = 0.8, 1.5, torch.tensor([True, False])
     S, x0 = torch.tensor([[1, rho], [rho, 1]]).double(), torch.tensor([[a, 0]]).double().expand(4000, 2)
     def eps_theta(x, t):  # -√(1 - ᾱ) ∇ log q(x_t)
         ab = s.alpha_bar[t[0]]
         return (1 - ab).sqrt() * x @ torch.linalg.inv(ab * S + (1 - ab) * torch.eye(2))
     torch.manual_seed(0)
     means = {}
-    for times in (1, 20):
+    for T, times in ((50, 1), (200, 2), (25, 16), (50, 20)):
+        s = make_schedule("linear", T)
         *_, (t, x, _) = ddpm.repaint_sample(eps_theta, s, randn(4000, 2), x0, known, clip=False, times=times)
-        means[times] = x[:, 1].mean().item()
+        means[T, times] = x[:, 1].mean().item()
         assert t == 0 and (x[:, 0] == a).all()
-    assert means[20] == pytest.approx(rho * a, abs=0.08) and means[1] < 0.8
+    assert means[50, 20] == pytest.approx(rho * a, abs=0.08) and means[50, 1] < 0.8
+    assert means[25, 16] > means[200, 2] + 0.1  # in equal time larger steps adapt more
     assert x[:, 1].var() == pytest.approx(1 - rho ** 2, rel=0.1)
     seen = []  # where all is known, every x that the network is shown is q(x_t | x_0)
     def watch(x, t):
