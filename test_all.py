@@ -103,6 +103,14 @@ def test_schedules_as_published():
     assert sigma[0] == pytest.approx(0.01) and (sigma[1:] / sigma[:-1]).std() < 1e-9
     assert SCHEDULES["constant"](50)[1:].std() < 1e-12
     assert make_schedule("sigmoid", 1000).alpha_bar[500] == pytest.approx(0.5)
+    low, quarter, high = (1 / (1 + math.exp(-v)) for v in (-3, -1.5, 3))
+    assert make_schedule("sigmoid", 1000).alpha_bar[250] == pytest.approx((high - quarter) / (high - low))
+    assert SCHEDULES["quadratic"](1000)[[1, 1000]].tolist() == pytest.approx([1e-4, 0.02])
+    assert make_schedule("geometric", 100).snr[100] == pytest.approx(50 ** -2)
+    assert make_schedule("constant", 50).alpha_bar[50] == pytest.approx(math.exp(-10))
+    assert SCHEDULES["cosine"](1000)[1000] == SCHEDULES["inverse"](40)[40] == 0.999
+    log_snr = Schedule(F.pad(sohl.start_beta("learned", 40), (1, 0))).snr[1:].log()
+    assert log_snr.allclose(torch.linspace(16, -6, 40).double(), atol=1e-5)
 
 @every_schedule
 def test_T_single_steps_are_one_jump(name):
@@ -114,6 +122,8 @@ def test_T_single_steps_are_one_jump(name):
         assert s.q_sample(x0, t, torch.zeros_like(x0)).allclose(mean, rtol=1e-10, atol=1e-12)
         noise = s.q_sample(0 * x0, torch.tensor([t] * 3), torch.ones_like(x0))
         assert (noise.square() - variance).abs().max() < 1e-10
+        noise = s.q_sample(torch.zeros(1), t, torch.ones(1))  # float32: rounded after the root
+        assert noise.item() == pytest.approx(variance.sqrt().item(), rel=1e-6)
 
 def test_posterior_is_bayes():
     """Eqs. (6), (7) against the product of the Gaussians q(x_t | x_{t-1}) and q(x_{t-1} | x_0)."""
@@ -147,6 +157,10 @@ def test_first_practical(monkeypatch, fails):
     @schedules.schedule
     def mine(T):
         return schedules.from_alpha_bar((1 - schedules.time(T)) ** 3)
+    x, s = torch.arange(600).double()[:, None], make_schedule("cosine", 20)
+    assert schedules.accuracy_at(s, 0, x, (x[:, 0] > 99).long(), 0 * x[-500:]) == 0  # which are held out
+    x = x % 10
+    assert schedules.accuracy_at(s, 13, x, x[:, 0].long(), 0 * x[-500:]) == 1  # by the largest likelihood
     m = run(schedules, "--T=20 --out=new")
     assert "mine" in m and 0 < m["constant"]["structure_share"] < m["cosine"]["structure_share"] <= 1
     assert files("new") == {"schedules.png", "destruction.png", "metrics.json"}
@@ -214,6 +228,8 @@ def test_ddim_moves_between_x0_hat_and_its_epsilon(steps):
             assert x0_hat.abs().max() <= 1 and (x0_hat.allclose(x0, atol=1e-6) or x0.abs().max() > 1)
             x = x_prev
         assert t == 0
+        *_, (_, x, _) = ddpm.ddim_sample(eps_theta, short, s.q_sample(x0, 50, eps), clip=False)
+        assert x.allclose(x0, atol=1e-6)
 
 @every_schedule
 @pytest.mark.parametrize("steps", [1, 3, 10, 50])
@@ -223,7 +239,7 @@ def test_subchain(name, steps):
     for i in range(1, steps + 1):
         eps_theta(randn(1, 1), torch.tensor([i]))
     grid = torch.cat([torch.zeros(1).long(), *seen])
-    assert short.T == steps and grid[-1] == 50 and (grid.diff() > 0).all()
+    assert short.T == steps and grid.tolist() == [round(i * 50 / steps) for i in range(steps + 1)]
     assert short.alpha_bar.allclose(s.alpha_bar[grid], rtol=1e-3, atol=1e-12)
     assert steps < 50 or short.beta.allclose(s.beta)
 
@@ -253,6 +269,26 @@ def test_network_refuses_sizes():
                            ("--multipliers 1 2 --attention 7", r"\[7\].*\[28, 14\]")):
         with pytest.raises(ValueError, match=message):
             net_of(f"--dataset mnist {flags}", (1, 30, 28))
+
+@both
+def test_dropout_is_for_training_alone(script):
+    args = args_of(script, "--dropout=0.5 --channels=8")
+    inputs = [torch.randn(2, 1, 8, 8), torch.tensor([1, 9]), torch.tensor([0, 3])][:3 if script is cfg else 2]
+    net, ema = script.networks(lambda: script.make_eps_theta(args, (1, 8, 8)), {"step": 0}, args)
+    for model in (net, ema):
+        for p in model.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+        assert torch.equal(model(*inputs), model(*inputs)) == (model is ema)
+
+def test_layers_of_the_network():
+    torch.manual_seed(0)
+    layer, h = ddpm.Attention(8), torch.randn(2, 8, 3, 5)
+    q, k, v = layer.qkv(layer.norm(h)).flatten(2).chunk(3, 1)  # (B, C, H W)
+    r = v @ (q.mT @ k / 8 ** 0.5).softmax(2).mT
+    assert layer(h).allclose(h + layer.out(r.reshape(h.shape)), atol=1e-5)
+    assert [ddpm.norm(C).num_groups for C in (128, 32, 96, 8)] == [32, 8, 8, 2]
+    block, h = net_of("--channels 8", (1, 8, 8)).middle[0], torch.randn(2, 16, 4, 4)
+    assert torch.equal(block(h, torch.randn(2, 32)), h)  # a new block of one width, attention and all
 
 def test_time_embedding():
     t = torch.randperm(1000) + 1
@@ -305,15 +341,22 @@ def test_bits_per_dim_of_a_known_model(variance):
     assert rates[0].item() == pytest.approx(expected[0].item(), rel=0.05)  # L_T is small, but not 0
     assert len(rmse) == 50 and rmse.allclose(127.5 * error[1:].flip(0).sqrt().float(), rtol=0.03)
     assert rates.diff().min() > 0 and rmse.diff().max() < 0.1  # monotone
+    first, eps = torch.ones(20000).long(), randn(20000, 1, 1, 1, seed=1)
+    mu, _, _ = ddpm.p_theta(exact_eps(s, 0.0, v), s, s.q_sample(x0, 1, eps), first, clip=False)
+    L_0 = -ddpm.discrete_log_likelihood(x0, mu, s.beta_tilde[2].sqrt()).flatten() / math.log(2)
+    assert ddpm.vlb_term(exact_eps(s, 0.0, v), s, x0, first, eps, variance, clip=False)[0].allclose(L_0)
     entropy = math.log2(0.2 * math.sqrt(2 * math.pi * math.e) * 127.5)  # of the grey levels, nearly
     assert entropy - 0.02 < rates[-1] < entropy + (0.5 if variance == "beta" else 5)
 
 def test_interpolation_ends_at_the_noised_endpoints():
     s, a, b = make_schedule("linear", 20), randn(1, 1, 50, 50), randn(1, 1, 50, 50, seed=1)
     x = ddpm.interpolate(s, a, b, 3, [0, 0.5, 1])
-    for end, image in ((x[0], a), (x[2], b)):
-        noise = (end - s.alpha_bar[3].sqrt() * image[0]) / (1 - s.alpha_bar[3]).sqrt()
+    noises = [(end - s.alpha_bar[3].sqrt() * image[0]) / (1 - s.alpha_bar[3]).sqrt()
+              for end, image in ((x[0], a), (x[2], b))]
+    for noise in noises:
         assert noise.std() == pytest.approx(1, abs=0.1) and abs(noise.mean()) < 0.1
+    assert abs((noises[0] * noises[1]).mean()) < 0.1  # each end has its own
+    assert [t for t, _, _ in ddpm.ddpm_sample(lambda x, t: x, s, x, start=3)] == [2, 1, 0]
     assert x[1].allclose((x[0] + x[2]) / 2)
 
 def test_inpainting_of_an_exact_gaussian():
@@ -344,6 +387,33 @@ def test_inpainting_of_an_exact_gaussian():
     for t, x in seen:
         assert x.mean(0).allclose(s.alpha_bar[t].sqrt() * x0[0], atol=0.07)
         assert x.var(0).allclose(1 - s.alpha_bar[t], rtol=0.1)
+    nothing = partial(ddpm.repaint_sample, x0=x0, known=torch.tensor(False), times=1)
+    for variance in ("beta", "beta_tilde"):  # where nothing is known, a draw is ddpm_sample's
+        draws = []
+        for sampler in (nothing, ddpm.ddpm_sample):
+            torch.manual_seed(0)
+            draws.append(next(sampler(watch, s, x, variance=variance))[1])
+        assert torch.equal(*draws)
+
+def test_what_inpainting_measures(monkeypatch):
+    """By hand: the pixels filled in, from what is known alone, and the judge's view of them."""
+    (train, held_out, _), drawn = ddpm.load_data("digits", ""), {}
+    monkeypatch.setattr(ddpm, "draw_rows", lambda path, rows: drawn.update(rows))
+    x, y = (part[:16] for part in held_out)
+    judge, s = ddpm.train_judge(*train, 10, 40), make_schedule("linear", 9)
+    args = args_of(ddpm, "--sampling-steps=2 --no-bf16")
+    m = ddpm.inpainting(args, lambda x, t: 0 * x, s, judge, (x, y), Path())
+    hidden = torch.zeros(8, 8, dtype=torch.bool)
+    hidden[2:6, 2:6] = True
+    for name in ("RePaint", "nearest"):
+        error = drawn[name].float() - x.float()
+        assert (error[:, :, ~hidden] == 0).all()
+        rmse = error[:, :, hidden].square().mean().sqrt().item()
+        assert m[f"inpainting_rmse_{name}"] == pytest.approx(rmse)
+        kept = (judge(ddpm.to_float(drawn[name])).argmax(1) == y).float().mean().item()
+        assert m[f"inpainting_kept_{name}"] == kept < (judge(ddpm.to_float(x)).argmax(1) == y).float().mean()
+    i, j = torch.tensor([2, 5, 3, 4]), torch.tensor([3, 4, 2, 5])  # and the nearest pixels that are known
+    assert torch.equal(drawn["nearest"][..., i, j], x[..., [1, 6, 3, 4], [3, 4, 1, 6]])
 
 # ------------------------------------------------------- the first acts: as pasted, on a GPU, without no_grad
 
@@ -664,7 +734,7 @@ def write_mnist():
     raw = Path("mnist/MNIST/raw")
     raw.mkdir(parents=True)
     for part in ("train", "t10k"):
-        pixels, labels = np.random.default_rng(0).bytes(150 * 28 * 28), bytes(range(10)) * 15
+        pixels, labels = np.random.default_rng(len(part)).bytes(150 * 28 * 28), bytes(range(10)) * 15
         (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 150, 28, 28) + pixels)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 150) + labels)
 
@@ -673,11 +743,22 @@ def test_mnist_files():
     (x, y), held_out, names = ddpm.load_data("mnist", "mnist")
     assert x.shape == (150, 1, 28, 28) and y[:3].tolist() == [0, 1, 2] and len(held_out[1]) == 150
     assert names == list("0123456789")
+    for images, part in ((x, "train"), (held_out[0], "t10k")):
+        raw = Path(f"mnist/MNIST/raw/{part}-images-idx3-ubyte").read_bytes()
+        assert images.numpy().tobytes() == raw[16:]
     file = Path("mnist/MNIST/raw/t10k-images-idx3-ubyte")
     file.write_bytes(file.read_bytes()[:1000])
     for folder in ("mnist", "empty"):
         with pytest.raises(OSError, match="train-images-idx3-ubyte.*t10k-labels.*--dataset digits"):
             ddpm.load_data("mnist", folder, download=False)
+
+def test_cifar10_has_its_colours_first(monkeypatch):
+    pixels = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
+    def there(self, *_, **__):
+        vars(self).update(data=pixels, targets=[3, 7], classes=["cat", "horse"])
+    monkeypatch.setattr(ddpm.CIFAR10, "__init__", there)
+    (x, y), _, _ = ddpm.load_data("cifar10", "")
+    assert all(np.array_equal(x[:, c], pixels[..., c]) for c in range(3)) and y.tolist() == [3, 7]
 
 def write_images(*paths):
     for i, path in enumerate(map(Path, paths)):
@@ -855,7 +936,7 @@ def test_cfg_draws_what_it_has_learned(p_uncond, kept, capsys, monkeypatch):
     assert m.keys() & {"sweep_both", "sweep_classifier"} == {f"sweep_{kind}" for kind in kept}
 
 def test_cfg_is_the_same_without_its_classifier(fails, no_pictures, capsys):
-    """The U-Net of a seed does not depend on --guidance; --checkpoint draws what it can, in the order of w."""
+    """The U-Net of a seed does not depend on --guidance; --checkpoint draws what it can, by rising w."""
     few = "--w 1 -1 --num-samples=10 --sampling-steps=2"
     for out, kinds in (("a", "free"), ("b", "classifier free")):
         run(cfg, f"--quick --channels=4 --steps=4 --out={out} {few} --guidance {kinds}")
@@ -961,6 +1042,10 @@ def test_posterior_sampler_on_a_gaussian():
     *_, (t, x) = sohl.reverse(sohl.GAUSSIAN, s, moments, randn(20000, 2))
     assert t == 0 and ((x.mean(0) - torch.tensor([0.75, 0.0])).abs() < 0.03).all()
     assert ((x.var(0) - torch.tensor([0.25, 1.0])).abs() < 0.04).all()
+    S, x = torch.tensor([[2, 0.9], [0.9, 1]]).double(), randn(3, 2)
+    mean, covariance = sohl.given(lambda xt, _: (xt, S.expand(3, 2, 2)), y, precision, x, None)
+    C = torch.linalg.inv(torch.linalg.inv(S) + precision.diag())
+    assert covariance.allclose(C) and mean.allclose(x + (precision * (y - x)) @ C)  # where the coordinates depend on each other
     s = make_schedule("constant", 5)  # the last step is a forward step: x_0 keeps √α_1 of x_1
     *_, (_, x_1), (_, x) = sohl.reverse(sohl.GAUSSIAN, s, gaussian_moments, randn(20000, 2))
     assert (x * x_1).mean() == pytest.approx(s.alpha[1].sqrt().item(), abs=0.03) and abs(x.var() - 1) < 0.03
@@ -1261,6 +1346,13 @@ def test_numbers_of_a_quick_run(quick, script):
     (out, m, _), (train, held_out, _) = quick(script), ddpm.load_data("digits", "")
     losses, loaded = read(out / "checkpoint.pt")["losses"], np.load(out / "samples.npz")
     images, judge = torch.tensor(loaded["arr_0"]).permute(0, 3, 1, 2), ddpm.train_judge(*train, 10, 30)
+    args, ema = args_of(script, f"--checkpoint={out}/checkpoint.pt"), read(out / "checkpoint.pt")["ema"]
+    net = script.make_eps_theta(args, (1, 8, 8)).eval()
+    net.load_state_dict(ema)  # the average draws, not the last weights, and is what weights.pt keeps
+    theta = net if script is ddpm else cfg.guided(net, torch.arange(50) % 10, 10, 0)
+    drawn, _ = script.sample([(theta, 50)] * 2, make_schedule(args.schedule, args.T), args, (1, 8, 8))
+    assert torch.equal(drawn, images)
+    assert all(torch.equal(v, ema[name].half()) for name, v in read(out / "weights.pt")["ema"].items())
     f, f_held = ddpm.features_of(judge, images), ddpm.features_of(judge, held_out[0])
     shown = ddpm.some_of(train[0], 100, 0)
     if script is cfg:
@@ -1402,7 +1494,9 @@ def test_processes(monkeypatch, fails, no_pictures):
     for script in (ddpm, cfg):
         fails(script, "--batch=64", "3, the number of processes")
 
-def test_a_folder_of_images_with_every_experiment_then_guidance():
+def test_a_folder_of_images_with_every_experiment_then_guidance(monkeypatch):
+    given, experiments = [], ddpm.experiments
+    monkeypatch.setattr(ddpm, "experiments", lambda *args: given.append(args[4]) or experiments(*args))
     write_images(*(f"images/{name}/{i}.png" for name in "abc" for i in range(13)))
     size = "--quick --dataset=images --image-size=8x16 --multipliers 1 2 --attention 4 --channels=8"
     m = run(ddpm, f"{size} --experiments --T=20 --predict=x0 --sampling-steps=4")
@@ -1413,6 +1507,7 @@ def test_a_folder_of_images_with_every_experiment_then_guidance():
     assert m["inpainting_rmse_nearest"] < 10 < m["inpainting_rmse_RePaint"]  # an image has nearly one grey
     assert {f"inpainting_kept_{name}" for name in ("RePaint", "nearest")} <= m.keys()
     assert "frechet" not in m  # with three images held out
+    assert len(given[0][0]) == len(given[0][1]) == 3  # of which the bits are
     flags = "--sampler=langevin --sampling-steps=3 --num-samples=4 --out=langevin"
     assert run(ddpm, f"--checkpoint={out}/weights.pt {flags}")["dataset"] == "images"
     run(cfg, f"{size} --steps=3 {FEW[cfg]}")
