@@ -1043,9 +1043,9 @@ def test_posterior_sampler_on_a_gaussian():
     assert t == 0 and ((x.mean(0) - torch.tensor([0.75, 0.0])).abs() < 0.03).all()
     assert ((x.var(0) - torch.tensor([0.25, 1.0])).abs() < 0.04).all()
     S, x = torch.tensor([[2, 0.9], [0.9, 1]]).double(), randn(3, 2)
-    mean, covariance = sohl.given(lambda xt, _: (xt, S.expand(3, 2, 2)), y, precision, x, None)
+    mean, covariance = sohl.given(lambda xt, _: (xt, S.expand(3, 2, 2)), y, precision, x, None)  # correlated
     C = torch.linalg.inv(torch.linalg.inv(S) + precision.diag())
-    assert covariance.allclose(C) and mean.allclose(x + (precision * (y - x)) @ C)  # where the coordinates depend on each other
+    assert covariance.allclose(C) and mean.allclose(x + (precision * (y - x)) @ C)
     s = make_schedule("constant", 5)  # the last step is a forward step: x_0 keeps √α_1 of x_1
     *_, (_, x_1), (_, x) = sohl.reverse(sohl.GAUSSIAN, s, gaussian_moments, randn(20000, 2))
     assert (x * x_1).mean() == pytest.approx(s.alpha[1].sqrt().item(), abs=0.03) and abs(x.var() - 1) < 0.03
