@@ -160,6 +160,10 @@ class UNet(nn.Module):
 
         net = UNet((3, 32, 32))
         eps_hat = net(torch.randn(2, 3, 32, 32), torch.tensor([1, 1000]))
+        run = torch.load("assets/mnist.pt")  # or any checkpoint.pt, weights.pt
+        c = run["config"]
+        net = UNet(run["image_shape"], c["channels"], c["multipliers"], c["blocks"], c["attention"]).eval()
+        net.load_state_dict(run["ema"])  # for ddpm_sample, with s = make_schedule(c["schedule"], c["T"])
 
     Level i works at 1/2^i of the image's size with channels * multipliers[i] channels. It has `blocks`
     residual blocks on the way down and blocks + 1 on the way up; each of the latter is also given a map from
@@ -465,15 +469,22 @@ def load_folder(dataset, data_dir, size, labels="model"):
         for name in ("cars_train", "stanford_cars"):
             if Path(data_dir, name).is_dir():
                 folder = Path(data_dir, name)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions()
-                   and path.is_file() and "cars_test" not in path.relative_to(folder).parts)  # same names
+    files = [Path(top, name) for top, _, names in os.walk(root, followlinks=True) for name in names]
+    paths = sorted(path for path in files if path.suffix.lower() in Image.registered_extensions()
+                   and path.is_relative_to(folder)
+                   and "cars_test" not in path.relative_to(folder).parts)  # named like the training images
 
     def decode(path):
         try:
             image = Image.open(path)
             image.draft("RGB", (2 * size[1], 2 * size[0]))  # a JPEG is decoded no larger than it need be
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.array(ImageOps.fit(image, (size[1], size[0]), Image.BICUBIC))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # convert would cut at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            if image.mode.endswith("A") or "transparency" in image.info:  # what is clear becomes white
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return np.array(ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.BICUBIC))
         except Exception as e:  # truncated, or not an image whatever its name says
             tqdm.write(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
 
@@ -485,11 +496,11 @@ def load_folder(dataset, data_dir, size, labels="model"):
         raise OSError(f"{len(images)} readable images in {folder}, 2 are needed; it holds {found}. Cars: put"
                       " the folder stanford_cars or cars_train of any copy of the set into --data-dir, as of"
                       " kaggle.com/datasets/jessicali9530/stanford-cars-dataset")
-    model_names, model_of = None, {}
-    for mat in root.rglob("cars_meta.mat"):
-        model_names = [str(name) for name in loadmat(mat, squeeze_me=True)["class_names"]]
-    for mat in root.rglob("cars_train_annos.mat"):
-        for image in loadmat(mat, squeeze_me=True)["annotations"]:
+    mats, model_names, model_of = {path.name: path for path in files}, None, {}
+    if "cars_meta.mat" in mats:
+        model_names = [str(name) for name in loadmat(mats["cars_meta.mat"], squeeze_me=True)["class_names"]]
+    if "cars_train_annos.mat" in mats:
+        for image in loadmat(mats["cars_train_annos.mat"], squeeze_me=True)["annotations"]:
             k = int(image["class"])  # from 1
             model_of[str(image["fname"])] = f"model {k:03}" if model_names is None else model_names[k - 1]
     classes = [model_of.get(path.name, path.parent.name) for path in images]
@@ -525,7 +536,7 @@ def train_judge(images, labels, K, steps, batch=128):
     judge = nn.Sequential(features, nn.Linear(64, K)).to(images.device)
     opt = torch.optim.Adam(judge.parameters())
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        for step in range(steps):
+        for step in tqdm(range(steps), "judge", leave=False):
             opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
             i = torch.randint(len(images), (batch,), device=images.device)
             loss = F.cross_entropy(judge(to_float(images[i])), labels[i])
@@ -1014,6 +1025,10 @@ def read_flags(p, argv):
         defaults["warmup"] = min(warmup, max(1, steps // 10))  # made for the preset's own steps
         if dataset not in PRESETS and not Path(dataset).is_dir():
             fail(f"--dataset {dataset} is neither one of {', '.join(PRESETS)} nor a folder")
+    for name in ("T", "schedule", "predict", "time_embedding"):  # the weights hold for these alone
+        asked, trained = getattr(given, name, None), defaults.get(name)
+        if (given.checkpoint or given.resume) and asked not in (None, trained):
+            fail(f"--{name} {asked}: the checkpoint's is {trained}; for fewer steps, --sampling-steps")
     p.set_defaults(**{"out": out, "bf16": fast_in_bfloat16(device)} | defaults)
     args = p.parse_args(argv)
     if given.attention is None:  # the preset's sizes, where the levels of this network have them
@@ -1129,6 +1144,8 @@ def main(args):
     if real is not None:
         (shown, labels), held_out, names = real
         enough = min(len(samples), len(held_out[0])) > 64  # for a covariance of 64 features
+        if not enough:
+            print("no Fréchet distance: it needs more than 64 samples and held-out images")
         if enough or args.experiments:
             judge = train_judge(shown, labels, len(names), min(1000, args.steps))
         if enough:
