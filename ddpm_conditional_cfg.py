@@ -957,7 +957,8 @@ def read_flags(p, argv):
     for name in ("T", "schedule", "predict", "time_embedding"):  # the weights hold for these alone
         asked, trained = getattr(given, name, None), defaults.get(name)
         if (given.checkpoint or given.resume) and asked not in (None, trained):
-            fail(f"--{name} {asked}: the checkpoint's is {trained}; for fewer steps, --sampling-steps")
+            flag = name.replace("_", "-")
+            fail(f"--{flag} {asked}: the checkpoint's is {trained}; for fewer steps, --sampling-steps")
     p.set_defaults(**{"out": out, "bf16": fast_in_bfloat16(device)} | defaults)
     args = p.parse_args(argv)
     if given.attention is None:  # the preset's sizes, where the levels of this network have them
@@ -1033,8 +1034,8 @@ def label_list(text):
 
 def get_args(argv=None):
     """Flags, over the config in a checkpoint or else the dataset's preset, over Ho et al. 2020's values."""
-    p = argparse.ArgumentParser(description="Ho & Salimans 2022 (paper: of --T to --num-samples, Ho et al. "
-                                            "2020). --dataset X --help shows the values for X.",
+    p = argparse.ArgumentParser(description="Ho & Salimans 2022; for --T to --num-samples the paper is Ho et "
+                                            "al. 2020. --dataset X --help shows the values for X.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(p)
     p.add_argument("--p-uncond", type=between(0, 1), default=0.1, help="share of labels dropped (paper: 0.1)")

@@ -1028,7 +1028,8 @@ def read_flags(p, argv):
     for name in ("T", "schedule", "predict", "time_embedding"):  # the weights hold for these alone
         asked, trained = getattr(given, name, None), defaults.get(name)
         if (given.checkpoint or given.resume) and asked not in (None, trained):
-            fail(f"--{name} {asked}: the checkpoint's is {trained}; for fewer steps, --sampling-steps")
+            flag = name.replace("_", "-")
+            fail(f"--{flag} {asked}: the checkpoint's is {trained}; for fewer steps, --sampling-steps")
     p.set_defaults(**{"out": out, "bf16": fast_in_bfloat16(device)} | defaults)
     args = p.parse_args(argv)
     if given.attention is None:  # the preset's sizes, where the levels of this network have them

@@ -265,6 +265,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
+from scipy.stats import wasserstein_distance
 from sklearn.datasets import make_swiss_roll
 from tqdm import tqdm
 
@@ -462,8 +463,8 @@ def evaluate(kind, s, net, x0, seed=1):
 # ---------------------------------------------------------------------------------- experiments and figures
 
 def wasserstein(a, b):
-    """The larger, over the two coordinates, of the Wasserstein-1 distances of two sets.  (n, 2), (n, 2)"""
-    return (a.sort(0).values - b.sort(0).values).abs().mean(0).max().item()
+    """The larger, over the two coordinates, of the Wasserstein-1 distances of two sets.  (n, 2), (m, 2)"""
+    return max(wasserstein_distance(a[:, i], b[:, i]) for i in range(2))
 
 def draw_table(path, titles, rows, observed):
     """A table of pictures. rows: {name: list of points (n, 2) or arrows (n, 4)}; observed: in red, by row"""
