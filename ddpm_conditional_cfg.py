@@ -1,29 +1,49 @@
 """Classifier-Free Diffusion Guidance.  Ho & Salimans 2022, arXiv 2207.12598.
 
-One idea: train one network with the label y and, by dropping labels, without it; the difference of its two
-predictions points towards "more like class y", and w says how far to go.
+The idea. A diffusion model that is told the label y draws images of that class, but not always
+clear ones. Train one network with the label and, for some of the images, without it. The difference
+of its two predictions points from "any image" to "an image of class y". Going further in that
+direction, by a weight w, gives clearer images of the class, and less variety among them.
 
-    python ddpm_conditional_cfg.py                  # 8x8 digits, sweep over w: 9 minutes on one CPU core
-    python ddpm_conditional_cfg.py --dataset mnist --guidance free       # 28x28 digits, one kind of guidance
-    python ddpm_conditional_cfg.py --dataset cars   # or cifar10, or a folder with a folder per class
-    python ddpm_conditional_cfg.py --checkpoint assets/mnist_cfg.pt --w 2 --classes 7   # sevens, in seconds
+    python ddpm_conditional_cfg.py                     # 8x8 digits: minutes on a CPU
+    python ddpm_conditional_cfg.py --dataset mnist     # also cifar10, cars, or a folder of folders
+    python ddpm_conditional_cfg.py --checkpoint assets/mnist_cfg.pt --w 2 --classes 7    # sevens
 
-Seed 0, Fréchet distance (floor 9.0), label accuracy: w = -1: 27.6, 0.091; w = 0: 13.6, 0.992; w = 1: 27.6,
-1.000; w = 4: 42.2, 1.000; by the classifier, best at w = 1: 14.9, 0.954.
+Expect the paper's trade-off: as w grows, a classifier recognises more of the samples as the class
+that was asked for, and their distance from real images grows.
+
+Why Eq. (6). By Bayes' rule p(y | x_t) is proportional to p(x_t | y) / p(x_t), so
+
+    ∇ log p(y | x_t) = ∇ log p(x_t | y) - ∇ log p(x_t)          (gradients are in x_t)
+
+A classifier's gradient is the difference of two scores, and a network that predicts noise knows
+both: ∇ log p(x_t | y) = -ε_θ(x_t, t, y) / √(1 - ᾱ_t). Adding w times that gradient to the score of
+p(x_t | y) gives Eq. (6), ε̃ = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅), where ∅ stands for "no
+label". One then samples, at each t, as if from p(x_t | y) p(y | x_t)^w. The power prefers images of
+which the class is certain: w = 1 squares the classifier's probability against w = 0. Images that
+are typical of the class gain and unusual ones are lost. That is why guidance trades variety for
+fidelity.
+
+How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
+for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of
+classes, as the classes are 0..K-1. In the code ∅ is called null.
+
+The paper's notation. It writes z_λ for x_t, with λ = log(ᾱ_t / (1 - ᾱ_t)) as the time, α_λ² for
+ᾱ_t, σ_λ² for 1 - ᾱ_t, and c for y. Our letters are those of DDPM (Ho, Jain & Abbeel 2020).
+
 Differs from the paper:
-  - Ho et al. 2020's T steps by the cosine schedule (CIFAR-10 and, on a GPU, cars: linear); the paper draws
-    the log-SNR λ in continuous time, from a form of that schedule on [-20, 20].
-  - σ_t² = β_t or β̃_t, not the paper's interpolation of the two (v = 0.3, 0.2); fewer sampling steps, but for
-    CIFAR-10. Also drawn: w = -1, ε_θ(x_t, t, ∅) alone.
-  - Ho et al. 2020's U-Net, but for CIFAR-10 smaller, not Dhariwal & Nichol's. Their classifier pools by
-    attention at 8x8; ours takes the mean, and is half as wide as the U-Net.
-  - As in ddpm_ho_2020.py, for the reasons given there: gradients clipped, learning rate and EMA warmed up,
-    x̂_0 clipped to [-1, 1] in sampling; the learning rate of the small presets falls to 0.
-  - No FID or Inception Score, which need a downloaded network: the Fréchet distance and exp E KL are from a
-    small classifier trained here. Compare them across w and with the floor, not with the paper's.
-What stands under "Copied from ddpm_ho_2020.py" is explained there, with Ho et al. 2020's equation numbers;
-for guidance, read the rest.
-Shapes: B batch, C channels, H height, W width, D embedding, K classes, () one number.
+  - T steps by the cosine schedule; the paper draws λ in continuous time, from a form of it.
+  - Small networks and data, as in ddpm_ho_2020.py, where the settings are explained.
+  - No FID or Inception Score, which need a downloaded network. The Fréchet distance and the score
+    exp E KL are taken from a small classifier that is trained here. Compare them across w, and with
+    the distance of real images.
+  - σ_t² = β̃_t, where the paper interpolates between β̃_t and β_t (v = 0.3, 0.2).
+  - Also drawn: w = -1, which is the unconditional model, and classifier guidance of an
+    unconditional model (--guidance classifier). Sec. 3.1 guides a conditional one (--guidance
+    both).
+  - The classifier takes the mean over pixels, Dhariwal & Nichol's pools by attention.
+
+Shapes: B batch, C channels, H height, W width, D embedding, K classes; () is one number.
 """
 import copy
 import math
@@ -32,78 +52,143 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from schedules import SCHEDULES, Schedule, extract, from_alpha_bar, make_schedule
+from schedules import SCHEDULES, Schedule, beta_of_alpha_bar, extract, make_schedule
 
-# ------------------------------------------------------------------- Algorithm 1: the loss and one step of it
+# ------------------------------------------ Algorithm 1: training, with labels that are dropped
 
 def drop_labels(y, null, p_uncond):
-    """y becomes ∅ with probability p_uncond, for each example on its own.  Algorithm 1.  (B,) -> (B,)"""
-    return torch.where(torch.rand(len(y), device=y.device) < p_uncond, null, y)
+    """Replace each label by ∅ with probability p_uncond, independently.  Algorithm 1.  (B,) -> (B,)
 
-def l_cfg(net, s, x0, t, eps, y):
-    """E |ε - ε_θ(√ᾱ_t x_0 + √(1 - ᾱ_t) ε, t, y)|², per dimension, some of the y being ∅.  Algorithm 1.  -> ()
-    x0 (B, C, H, W) in [-1, 1];  t (B,) in 1..T;  eps like x0, from N(0, I);  y (B,) in 0..K, K being ∅"""
-    return F.mse_loss(net(s.q_sample(x0, t, eps), t, y), eps)
+    Each example for itself: dropping the labels of a whole batch at once would train on batches of
+    one kind only, and make the gradient far noisier."""
+    dropped = torch.rand(len(y), device=y.device) < p_uncond
+    return torch.where(dropped, null, y)
 
-def train_step(net, ema, opt, s, x0, y, null, p_uncond=0.1, loss=l_cfg, decay=0.9999):
-    """One step of Algorithm 1 on images x0 (B, C, H, W) in [-1, 1] with labels y (B,) in 0..K-1.  -> loss, ()
+def l_cfg(net, s, x0, t, eps, y, predict="eps"):
+    """E |ε - ε_θ(x_t, t, y)|², per dimension, where some of the y are ∅.  Algorithm 1.  -> ()
+
+    x0 (B, C, H, W) in [-1, 1];  t (B,) in 1..T;  eps like x0, from N(0, I);  y (B,) in 0..K, K is
+    ∅. predict="x0": the network predicts x_0 instead (DDPM Sec. 3.2), and the target is x_0."""
+    target = {"eps": eps, "x0": x0}[predict]
+    return F.mse_loss(net(s.q_sample(x0, t, eps), t, y), target)
+
+def cfg_train_step(net, ema, opt, s, x0, y, step, null, p_uncond=0.1, loss=l_cfg, decay=0.9999):
+    """One step of Algorithm 1 on images with labels. The numbers on the right are the lines there.
 
         net = ConditionalUNet(10, (1, 28, 28), channels=32, multipliers=(1, 2, 2), attention=(7,))
-        ema, opt = copy.deepcopy(net).eval(), torch.optim.Adam(net.parameters(), 2e-4)
-        s = make_schedule("linear", 1000)
-        batches = [(torch.rand(64, 1, 28, 28), torch.randint(10, (64,)))]  # yours, from -1 to 1, and labels
-        for n, (x0, y) in enumerate(batches, start=1):
-            train_step(net, ema, opt, s, x0, y, null=10, decay=min(0.9999, n / (9 + n)))
+        net = net.to(device)
+        ema = copy.deepcopy(net).eval()
+        opt = torch.optim.Adam(net.parameters(), lr=2e-4)
+        s = make_schedule("linear", 1000).to(device)
+        for step in range(1, 3):
+            x0 = torch.rand(64, 1, 28, 28, device=device) * 2 - 1  # your images, from -1 to 1
+            y = torch.randint(10, (64,), device=device)            # and their labels
+            cfg_train_step(net, ema, opt, s, x0, y, step, null=10)
 
-    But for the label this is Ho et al. 2020's Algorithm 1: ε_θ learns p(x | y) and, where y is ∅, p(x)."""
-    y = drop_labels(y, null, p_uncond)
-    t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # t ~ Uniform({1, ..., T})
-    eps = torch.randn_like(x0)  # ε ~ N(0, I)
-    value = loss(net, s, x0, t, eps, y)
-    opt.zero_grad()
+    But for the labels it is DDPM's Algorithm 1. Where y is a label, ε_θ learns p(x | y), and where
+    it is ∅, p(x). ema is the moving average of net's weights, from which one samples; its decay is
+    smaller in the first steps (DDPM's train_step says why).
+    x0 (B, C, H, W) in [-1, 1];  y (B,) in 0..K-1;  step counts from 1.  -> the loss, ()"""
+    y = drop_labels(y, null, p_uncond)                           # 3: c becomes ∅
+    t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 4: the paper draws λ
+    eps = torch.randn_like(x0)                                   # 5: ε ~ N(0, I)
+    value = loss(net, s, x0, t, eps, y)                          # 6, 7: noise x_0, and compare
+    opt.zero_grad()  # PyTorch adds new gradients to old ones, so the old ones have to go
     value.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # a rare huge gradient must not undo all
     opt.step()
+    decay = min(decay, step / (9 + step))
     with torch.no_grad():
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight, 1 - decay)  # decay · average + (1 - decay) · weight
-    return value.detach()
+    return value.detach()  # without its graph, which would keep the batch in memory
 
-# -------------------------------------------------------- Sec. 3: guidance, without a classifier and with one
+# ------------------------------------------------- Sec. 3.2, Algorithm 2: classifier-free guidance
 
-def guided(eps_theta, y, null, w):
-    """ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).  -> callable (x, t), for any sampler
+def guided(eps_theta, y, null, w, t_max=None):
+    """The guided noise ε̃(x_t, t) = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅).  Eq. (6).
 
-        eps_tilde = guided(ema, torch.full((16,), 7), null=10, w=2)  # sixteen sevens
-        for t, x, x0_hat in ddpm_sample(eps_tilde, s, torch.randn(16, 1, 28, 28)):
-            pass
+        eps_tilde = guided(ema, torch.full((16,), 7, device=device), null=10, w=2)  # sixteen sevens
+        noise = torch.randn(16, 1, 28, 28, device=device)
+        x0 = last_image(ddpm_sample(eps_tilde, s, noise))
 
-    This in ddpm_sample is Algorithm 2. w = 0 is the conditional model and w = -1 the unconditional one, with
-    one evaluation, not two. Much other code calls 1 + w the scale.  y (B,) in 0..null-1, else ValueError."""
-    if y.min() < 0 or y.max() >= null:  # on CUDA an embedding fails on these without a useful message
+    w = 0 is the conditional model and w = -1 the unconditional one; these need one evaluation of
+    the network and not two. Much other code has a "guidance scale", which is our 1 + w.
+
+    t_max: guide only where t ≤ t_max, and use w = 0 before. This is not the paper's but
+    Kynkäänniemi et al. 2024: in the noisiest steps guidance drives all samples of a class to the
+    same image. eps_theta: any callable of x, t, y;  y (B,) in 0..null-1, else ValueError
+    -> a callable of x, t, for any sampler"""
+    if y.min() < 0 or y.max() >= null:  # on CUDA an embedding fails without a useful message
         raise ValueError(f"labels must lie in 0..{null - 1}, not {y.min()}..{y.max()}")
-    none = torch.full_like(y, null)
+    y_null = torch.full_like(y, null)
 
     def eps_tilde(x, t):
-        both = eps_theta(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, none]))  # in one batch of 2B
+        # Both predictions in one batch of 2 B images, which is faster than two batches.
+        both = eps_theta(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))
         eps_y, eps_null = both.chunk(2)
-        return (1 + w) * eps_y - w * eps_null
+        weight = w
+        if t_max is not None:
+            weight = w * (t <= t_max).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return (1 + weight) * eps_y - weight * eps_null
 
     if w == 0:
         return lambda x, t: eps_theta(x, t, y)
-    if w == -1:
-        return lambda x, t: eps_theta(x, t, none)
+    if w == -1 and t_max is None:
+        return lambda x, t: eps_theta(x, t, y_null)
     return eps_tilde
 
-def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=False):
-    """ε̂(x_t, t) = ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t).  Sec. 3.1; Dhariwal & Nichol 2021.
+def class_scores(log_p, y):
+    """What does a classifier say of samples that were drawn for the labels y?  Sec. 4
 
-    As ∇ log p(x_t) ≈ -ε_θ(x_t, t, ∅) / √(1 - ᾱ_t), this follows ∇ log p(x_t) + (1 + w) ∇ log p(y | x_t), the
-    score in Eq. (6) if all are exact. conditional=True, which Dhariwal & Nichol found better, starts from
-    ε_θ(x_t, t, y), which holds one ∇ log p(y | x_t) already: its scale is w.
-    Their Algorithm 2 is this for DDIM. In ddpm_sample, unclipped, it shifts μ_θ by (1 + w) β_t / √α_t
-    ∇ log p(y | x_t). Their Algorithm 1 shifts by Σ ∇ log p: if σ_t² = β_t the same, but for 1 / √α_t.
-    classifier: any callable (x, t) -> logits (B, K) with a gradient in x.   -> callable (x, t)"""
+    classifier_score is exp E KL(p(k | x) || p(k)), from 1 to K: the formula of the Inception Score.
+    It is high if each sample is clearly of a class, and all classes occur. label_accuracy is the
+    share of samples in which the classifier sees the class asked for.
+    log_p (N, K), log p(k | x);  y (N,) -> two floats"""
+    p = log_p.exp()
+    kl = (p * (log_p - p.mean(0).log())).sum(1).mean()
+    return kl.exp().item(), (log_p.argmax(1) == y).double().mean().item()
+
+# ------------------------------------------ Fig. 2: guidance where every score is known exactly
+
+def gaussians_eps_theta(s, means, variance):
+    """The exact ε_θ(x, t, y) for data of K classes, each a Gaussian N(m_y, variance I) in the
+    plane.
+
+    x_t given y is N(√ᾱ_t m_y, v_t I) with v_t = ᾱ_t variance + 1 - ᾱ_t, and without a label a
+    mixture of these. The score of a mixture is the mean of its parts' scores, weighted by p(y |
+    x_t). As everywhere, ε = -√(1 - ᾱ_t) ∇ log p.  means (K, 2), y = K for ∅ -> a callable of x (B,
+    2), t, y"""
+    K = len(means)
+
+    def eps_theta(x, t, y):
+        alpha_bar = extract(s.alpha_bar, t, x)                           # (B, 1)
+        v = alpha_bar * variance + 1 - alpha_bar
+        away = x[:, None] - alpha_bar.sqrt()[:, None] * means            # (B, K, 2)
+        p = (-away.square().sum(2) / (2 * v)).softmax(1)                 # p(y | x_t), (B, K)
+        known = F.one_hot(y.clamp(max=K - 1), K).to(x.dtype)
+        p = torch.where((y < K)[:, None], known, p)
+        score = -(p[:, :, None] * away).sum(1) / v
+        return -(1 - alpha_bar).sqrt() * score
+
+    return eps_theta
+
+# ------------------------------------------------------------------ Sec. 3.1: classifier guidance
+
+def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
+    """Guidance by a classifier that knows noised images.  Sec. 3.1, after Dhariwal & Nichol 2021.
+
+    ε̂(x_t, t) = ε_θ(x_t, t, y) - w √(1 - ᾱ_t) ∇ log p(y | x_t): the gradient moves the noise, and
+    so the image, to where the classifier is surer of y. With conditional=False it starts from the
+    model without a label: ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t). As ∇ log p(y | x_t)
+    is what the label adds, the two and Eq. (6) are the same if all are exact. In practice the
+    paper, like Dhariwal & Nichol, finds the conditional one better.
+
+    In ddim_sample this is Dhariwal & Nichol's Algorithm 2. In ddpm_sample, unclipped, it shifts μ_θ
+    by w β_t / √α_t ∇ log p(y | x_t). Their Algorithm 1 shifts it by w Σ ∇ log p, which for σ_t² =
+    β_t is the same but for the factor 1 / √α_t.
+    classifier: any callable of x, t that returns logits (B, K) with a gradient in x
+    -> a callable of x, t, for any sampler"""
     if conditional:
         base, scale = guided(eps_theta, y, null, 0), w
     else:
@@ -112,7 +197,7 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=False):
         return base
 
     def eps_hat(x, t):
-        with torch.enable_grad():
+        with torch.enable_grad():  # the samplers run under no_grad
             x_in = x.detach().requires_grad_()
             log_p = -F.cross_entropy(classifier(x_in, t), y, reduction="sum")  # Σ log p(y | x_t)
             gradient = torch.autograd.grad(log_p, x_in)[0]
@@ -121,82 +206,156 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=False):
     return eps_hat
 
 def l_classifier(net, s, x0, t, eps, y):
-    """E -log p(y | x_t): a classifier that is to guide has to know noised images, and t.  -> ()
-    For train_step(classifier, ..., null=K, p_uncond=0, loss=l_classifier): no label may become ∅."""
+    """E -log p(y | x_t): train the classifier on noised images, as it is to guide at every t.  ->
+    ()
+
+    Use it as cfg_train_step(classifier, ..., null=K, p_uncond=0, loss=l_classifier), so that no
+    label becomes ∅, which is no class."""
     return F.cross_entropy(net(s.q_sample(x0, t, eps), t), y)
 
-# ------------------------------------------------------------ the samplers: they take any ε_θ, guided or not
+# ------------------------ DDPM's samplers. They take any ε_θ, guided or not; equations are DDPM's
 
 # Copied from ddpm_ho_2020.py
 def predict_x0(s, xt, t, eps_hat, clip=True):
-    """x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t.  Eq. (15).
+    """The image that remains if the predicted noise is taken out of x_t.  Eq. (15).
 
-    Near t = T this divides by almost 0: a small error of ε̂ throws x̂_0 far out of the data's range. The clip
-    brings it back. It matters most where β_t is large, by Eq. (11): in few steps, at the end of cosine."""
-    x0_hat = (xt - extract((1 - s.alpha_bar).sqrt(), t, xt) * eps_hat) / extract(s.alpha_bar.sqrt(), t, xt)
+    x̂_0 = (x_t - √(1 - ᾱ_t) ε̂) / √ᾱ_t, which is Eq. (4) solved for x_0. Near t = T it divides by
+    almost 0, so that a small error of ε̂ throws x̂_0 far out of the range of images. Clipping to
+    [-1, 1] brings it back.  xt, eps_hat: (B, ...);  t (B,) -> (B, ...)"""
+    signal = extract(s.alpha_bar.sqrt(), t, xt)
+    noise = extract((1 - s.alpha_bar).sqrt(), t, xt)
+    x0_hat = (xt - noise * eps_hat) / signal
     if clip:
         x0_hat = x0_hat.clamp(-1, 1)
     return x0_hat
 
 def predict_eps(s, xt, t, x0_hat):
-    """ε̂ = (x_t - √ᾱ_t x̂_0) / √(1 - ᾱ_t), the noise that takes x̂_0 to x_t: Eq. (4) solved for ε."""
-    return (xt - extract(s.alpha_bar.sqrt(), t, xt) * x0_hat) / extract((1 - s.alpha_bar).sqrt(), t, xt)
+    """The noise that leads from x̂_0 to x_t: ε̂ = (x_t - √ᾱ_t x̂_0) / √(1 - ᾱ_t).  Eq. (4)"""
+    signal = extract(s.alpha_bar.sqrt(), t, xt)
+    noise = extract((1 - s.alpha_bar).sqrt(), t, xt)
+    return (xt - signal * x0_hat) / noise
 
 def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
-    """p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I), Eq. (1).  t (B,) in 1..T -> μ_θ, σ_t² (B, 1, ..., 1), x̂_0
+    """One step of the reverse process: p_θ(x_{t-1} | x_t) = N(μ_θ, σ_t² I).  Eq. (1).
 
-    μ_θ is μ̃_t of Eq. (7) at x̂_0. Without clipping it is Eq. (11), (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t.
-    σ_t² = β_t is right if x_0 ~ N(0, I), σ_t² = β̃_t if x_0 is one point (Sec. 3.2); real data lie between.
-    eps_theta: any callable (x (B, ...), t (B,)) -> (B, ...)."""
+    If x_0 were known, the step would be q(x_{t-1} | x_t, x_0), with the mean μ̃_t of Eq. (7). It is
+    not, so the network's guess x̂_0 takes its place: μ_θ = μ̃_t(x_t, x̂_0).
+
+    Without clipping this is Eq. (11), μ_θ = (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t, and the sampler is
+    Algorithm 2 as printed. To see it, put Eq. (15) into Eq. (7). The factor of x_t becomes
+    (β_t + α_t (1 - ᾱ_{t-1})) / ((1 - ᾱ_t) √α_t) = 1 / √α_t, since α_t ᾱ_{t-1} = ᾱ_t and
+    β_t + α_t = 1; the factor of ε_θ becomes -β_t / (√(1 - ᾱ_t) √α_t).
+
+    variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
+    β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two.
+    eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
+    -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
     mu_theta, beta_tilde = s.q_posterior(x0_hat, xt, t)
-    sigma2 = extract(s.beta, t, xt) if variance == "beta" else beta_tilde
+    sigma2 = {"beta": extract(s.beta, t, xt), "beta_tilde": beta_tilde}[variance]
     return mu_theta, sigma2, x0_hat
 
 @torch.no_grad()
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
-    """Algorithm 2 from x = x_T ~ N(0, I), or x_start.  Yields t = T-1 .. 0, x_t, and x̂_0 predicted at t + 1.
+    """Algorithm 2: from noise x_T to an image x_0. The numbers on the right are the lines there.
 
-        for t, x, x0_hat in ddpm_sample(ema, s, torch.randn(16, 1, 28, 28)):
-            pass  # in the end x is x_0: 16 images"""
+        noise = torch.randn(16, 1, 28, 28, device=device)
+        x0 = last_image(ddpm_sample(ema, s, noise))  # 16 images in [-1, 1]
+
+    This is a generator, so that one can watch: nothing happens until one loops over it. After each
+    step it yields t, x_t and the x̂_0 that the step was made from, for t = T-1 down to 0. The last
+    x_t is x_0. start: begin at x_start instead of x_T, with x drawn from q(x_start | some x_0).
+    The samplers below yield the same."""
     start = s.T if start is None else start
-    for t in range(start, 0, -1):
+    for t in range(start, 0, -1):                                    # 2
         ts = torch.full((len(x),), t, device=x.device)
         mu_theta, sigma2, x0_hat = p_theta(eps_theta, s, x, ts, variance, clip)
-        z = torch.randn_like(x) if t > 1 else torch.zeros_like(x)  # the last step adds no noise
-        x = mu_theta + sigma2.sqrt() * z
+        z = torch.randn_like(x) if t > 1 else torch.zeros_like(x)    # 3: no noise in the last step
+        x = mu_theta + sigma2.sqrt() * z                             # 4
         yield t - 1, x, x0_hat
+
+def last_image(chain):
+    """Run a sampler to its end.  -> x_0 (B, C, H, W)"""
+    for _, x, _ in chain:  # noqa: B007
+        pass
+    return x
 
 @torch.no_grad()
 def ddim_sample(eps_theta, s, x, clip=True):
-    """DDIM: the same ε_θ, no noise.  Song, Meng & Ermon 2020, Eq. (12), σ = 0; their α is our ᾱ.
-    x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂.  Yields what ddpm_sample yields, and is used like it."""
+    """Sample without noise.  Song, Meng & Ermon 2020 (DDIM), Eq. (12) with σ = 0; their α is our ᾱ.
+
+    x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂: take x_t apart into image and noise, and mix the
+    same two again at the ratio of t - 1. The same ε_θ serves: L_simple knows only q(x_t | x_0) for
+    each t, not by which steps x_t is reached, and DDIM's process has the same q(x_t | x_0)."""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         x0_hat = predict_x0(s, x, ts, eps_theta(x, ts), clip)
-        eps_hat = predict_eps(s, x, ts, x0_hat)  # the ε̂ that goes with the clipped x̂_0
+        eps_hat = predict_eps(s, x, ts, x0_hat)  # the noise that belongs to the clipped x̂_0
         x = s.q_sample(x0_hat, t - 1, eps_hat)
         yield t - 1, x, x0_hat
 
 def subchain(eps_theta, s, steps):
-    """A shorter chain through `steps` of the T times: its i = 1..steps stands for t = i T / steps, rounded.
-    Song, Meng & Ermon 2020, Sec. 4.2.  -> its ε_θ(x, i) and its Schedule: any sampler then yields i
-        short_theta, short = subchain(ema, s, 50)
-        chain = ddim_sample(short_theta, short, torch.randn(16, 1, 28, 28))"""
-    grid = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
-    beta = from_alpha_bar(s.alpha_bar[grid].cpu().double(), largest=1 - 1e-12)  # 0.999 would change ᾱ
+    """A shorter chain, through only `steps` of the T times.  Song, Meng & Ermon 2020, Sec. 4.2.
 
-    def short_theta(x, i):
-        return eps_theta(x, grid[i])
+        short_theta, short = subchain(ema, s, 50)
+        x0 = last_image(ddim_sample(short_theta, short, torch.randn(16, 1, 28, 28, device=device)))
+
+    If we keep only some of x_0, ..., x_T, these too are a chain of the kind of Eq. (2): going from
+    x_r to a later x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a Schedule of
+    their own, with the same ᾱ and these larger β, and the trained network is right for it as it
+    stands. The new i = 1..steps stands for t = i T / steps, rounded.
+    -> the ε_θ(x, i) of the short chain, and its Schedule"""
+    times = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
+    alpha_bar = s.alpha_bar[times].cpu().double()
+    beta = beta_of_alpha_bar(alpha_bar, largest=1 - 1e-12)  # a smaller bound would change ᾱ
+
+    def short_theta(x, i, *y):  # y: the labels, for a network that takes them
+        return eps_theta(x, times[i], *y)
 
     return short_theta, Schedule(beta).to(s.beta.device)
 
-# ---------------------------------------------------------------------------------------------- the networks
+def as_eps_theta(net, s, predict):
+    """The ε_θ of a network that predicts "eps", "x0" or "mu", for any sampler and for the bound."""
+    def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
+        return predict_eps(s, xt, t, net(xt, t, *y))
+    def from_mu(xt, t, *y):
+        a, b = s.posterior_coefficients(xt, t)
+        x0_hat = (net(xt, t, *y) - b * xt) / a  # Eq. (7), μ̃_t = a x_0 + b x_t, solved for x_0
+        return predict_eps(s, xt, t, x0_hat)
+
+    return {"eps": net, "x0": from_x0, "mu": from_mu}[predict]
+
+# ---------------------------------------------------- DDPM's scale of images, and FID's formula
+
+# Copied from ddpm_ho_2020.py
+def to_float(images):
+    """Grey levels 0..255 (uint8) to float32 in [-1, 1], the scale of Sec. 3.3."""
+    return images.float() / 127.5 - 1
+
+def to_uint8(x):
+    """[-1, 1] to grey levels 0..255 (uint8), rounded; values outside are clipped."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+def frechet_distance(a, b):
+    """How far apart are two sets of features, if each is seen as a Gaussian? The formula of FID.
+
+    |m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½), with the means m and covariances S. The trace of a
+    matrix's root is the sum of the roots of its eigenvalues; those of S_a S_b are real and not
+    negative, but for rounding. FID takes the features from an Inception network, we from a small
+    classifier of the data.  a (N, D), b (M, D) -> float"""
+    a, b = a.cpu().double(), b.cpu().double()
+    S_a, S_b = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
+
+# ------------------------------------------------------------------------- DDPM's U-Net, and labels
 
 # Copied from ddpm_ho_2020.py
 def norm(C):
-    """GroupNorm in 32 groups, as in the authors' code, or in fewer, so that each has 4 channels at least:
-    C = 128 -> 32 groups of 4; 32 -> 8 of 4; 96 -> 8 of 12 (8 is the largest that divides 32 and 96 / 4)."""
+    """GroupNorm, in 32 groups as in the authors' code, or in fewer, of 4 channels at least.
+
+    It normalises each image by itself. BatchNorm would mix the images of a batch, which have
+    different t. C = 128 gives 32 groups of 4, C = 32 gives 8 of 4, and C = 96 gives 8 of 12."""
     return nn.GroupNorm(math.gcd(32, C // 4), C)
 
 def conv3(C_in, C_out, stride=1):
@@ -204,16 +363,20 @@ def conv3(C_in, C_out, stride=1):
     return nn.Conv2d(C_in, C_out, 3, stride, padding=1)
 
 def time_embedding(t, dim):
-    """sin(t f) and cos(t f) for dim/2 frequencies f from 1 down to 1/10000.  (B,) -> (B, dim)
+    """Write t as sines and cosines of dim/2 frequencies, from 1 down to 1/10000.  (B,) -> (B, dim)
 
-    The fast ones tell t from t + 1, the slow ones early from late, as the two hands of a clock do. The last f
-    is exactly 1/10000, as in the authors' code; Vaswani et al. 2017 stop one step before it."""
+    The fast ones tell t from t + 1 and the slow ones early from late, like the hands of a clock.
+    The last frequency is exactly 1/10000, as in the authors' code. In Vaswani et al. 2017 it would
+    come one step later."""
     f = torch.logspace(0, -4, dim // 2, device=t.device)
     angle = t[:, None] * f
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 class Attention(nn.Module):
-    """Self-attention among the pixels of a feature map, one head, a residual.  (B, C, H, W) -> the same"""
+    """Self-attention: each pixel of a feature map is given a weighted mean of all pixels.
+
+    The weights are softmax(q kᵀ / √C), with one head, and the result is added to h.
+    (B, C, H, W) -> the same"""
     def __init__(self, C):
         super().__init__()
         self.norm = norm(C)
@@ -221,14 +384,18 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(C, C, 1)
 
     def forward(self, h):
-        qkv = self.qkv(self.norm(h)).flatten(2).transpose(1, 2)  # (B, H W, 3 C)
-        q, k, v = qkv[:, None].chunk(3, -1)  # each (B, 1, H W, C): the 1 is the head
-        r = F.scaled_dot_product_attention(q, k, v)[:, 0]  # softmax(q kᵀ / √C) v
-        return h + self.out(r.transpose(1, 2).reshape(h.shape))
+        pixels = self.qkv(self.norm(h)).flatten(2).transpose(1, 2)  # (B, H W, 3 C)
+        q, k, v = pixels[:, None].chunk(3, -1)  # (B, 1, H W, C) each; the 1 is the number of heads
+        mean = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H W, C)
+        return h + self.out(mean.transpose(1, 2).reshape(h.shape))
 
 class ResBlock(nn.Module):
-    """skip(h) + conv(conv(h) + embedding of t), then attention if asked for. A conv is GroupNorm, Swish, (the
-    second: dropout,) 3x3; skip is 1x1 if widths differ.  h (B, C_in, H, W), emb (B, D) -> (B, C_out, H, W)"""
+    """Two convolutions that are told t, added to their input; then attention, if asked for.
+
+    Each convolution comes after GroupNorm and Swish (silu), the second one after dropout as well.
+    The embedding of t is added between the two, the same for all pixels. Where the number of
+    channels changes, a 1x1 convolution (skip) fits the input to the sum.
+    h (B, C_in, H, W), emb (B, D) -> (B, C_out, H, W)"""
     def __init__(self, C_in, C_out, D, dropout=0.0, attention=False):
         super().__init__()
         self.norm1, self.conv1 = norm(C_in), conv3(C_in, C_out)
@@ -245,67 +412,73 @@ class ResBlock(nn.Module):
         return self.attention(self.skip(h) + r)
 
 class UNet(nn.Module):
-    """ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W).  Without other arguments the paper's for CIFAR-10:
+    """The network ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W)
+
+    Without other arguments it is the paper's network for CIFAR-10:
 
         net = UNet((3, 32, 32))
         eps_hat = net(torch.randn(2, 3, 32, 32), torch.tensor([1, 1000]))
-        run = torch.load("assets/mnist.pt")  # or any checkpoint.pt, weights.pt
-        c = run["config"]
-        net = UNet(run["image_shape"], c["channels"], c["multipliers"], c["blocks"], c["attention"]).eval()
-        net.load_state_dict(run["ema"])  # for ddpm_sample, with s = make_schedule(c["schedule"], c["T"])
 
-    Level i works at 1/2^i of the image's size with channels * multipliers[i] channels. It has `blocks`
-    residual blocks on the way down and blocks + 1 on the way up; each of the latter is also given a map from
-    the way down (skip connection). Attention follows every block of the levels whose shorter side it names,
-    and stands once in the middle, always. timed=False: a network that is not told t.
-    ValueError if the sides cannot be halved so often, or if attention names a size that no level has."""
-    def __init__(self, image_shape, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
-                 dropout=0.1, timed=True):
+    It goes down to small maps that see the whole image and up again to the full size. Level i has
+    1/2^i of the image's size and channels * multipliers[i] channels. On the way down it has
+    `blocks` residual blocks and on the way up blocks + 1. Each block on the way up is also given a
+    map from the way down (a long skip connection), which holds the details that the small maps have
+    lost. Attention follows every block of the levels whose size (shorter side) is named, and stands
+    once in the middle, always. timed=False makes a network that is not told t.
+    ValueError if a side cannot be halved so often, or if no level has a size of attention."""
+    def __init__(self, image_shape, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
+                 attention=(16,), dropout=0.1, timed=True):
         super().__init__()
         C, H, W = image_shape
         sizes = [min(H, W) // 2 ** level for level in range(len(multipliers))]
         factor = 2 ** (len(multipliers) - 1)
         if H % factor or W % factor:
-            raise ValueError(f"{H}x{W}: {len(multipliers)} multipliers need sides that {factor} divides")
+            halvings = len(multipliers) - 1
+            raise ValueError(f"images of {H}x{W} cannot be halved {halvings} times, which"
+                             f" {len(multipliers)} multipliers need")
         if not set(attention) <= set(sizes):
             raise ValueError(f"attention at {list(attention)}: the levels' sizes are {sizes}")
+        if channels % 4:
+            raise ValueError(f"{channels} channels: their number must be a multiple of 4")
         self.channels, self.timed = channels, timed
         D = 4 * channels
         self.embed = nn.Sequential(nn.Linear(channels, D), nn.SiLU(), nn.Linear(D, D))
 
         self.conv_in = conv3(C, channels)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width = channels  # of the map at hand
-        skips = [channels]  # widths of the maps that the way up is given
+        width = channels  # channels of the map at hand
+        skip_widths = [channels]  # channels of the maps that are kept for the way up
         for level, size in enumerate(sizes):
             if level > 0:
                 self.down.append(conv3(width, width, stride=2))
-                skips.append(width)
+                skip_widths.append(width)
             for _ in range(blocks):
                 C_out = channels * multipliers[level]
                 self.down.append(ResBlock(width, C_out, D, dropout, size in attention))
                 width = C_out
-                skips.append(width)
+                skip_widths.append(width)
         self.middle = nn.ModuleList([ResBlock(width, width, D, dropout, attention=True),
                                      ResBlock(width, width, D, dropout)])
         for level in reversed(range(len(sizes))):
             for _ in range(blocks + 1):
-                C_in, C_out = width + skips.pop(), channels * multipliers[level]
+                C_in, C_out = width + skip_widths.pop(), channels * multipliers[level]
                 self.up.append(ResBlock(C_in, C_out, D, dropout, sizes[level] in attention))
                 width = C_out
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3(width, width)))
         self.out = nn.Sequential(norm(width), nn.SiLU(), conv3(width, C))
         self.apply(init_weights)
-        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].weight)  # at first it predicts 0, the mean of the noise
 
-    def embedding(self, t):  # (B,) -> (B, D)
+    def embed_time(self, t):
+        """The vector that tells every block the t of each image.  (B,) -> (B, D)"""
         if not self.timed:
             t = torch.zeros_like(t)
-        return self.embed(time_embedding(t, self.channels))
+        waves = time_embedding(t, self.channels)
+        return self.embed(waves.to(self.embed[0].weight.dtype))
 
-    def encode(self, x, emb):
-        """The way down and the middle.  -> the map in the middle, and those of the way down for the way up"""
+    def go_down(self, x, emb):
+        """The way down and the middle.  -> the map in the middle, and the maps for the way up"""
         h = self.conv_in(x)
         skips = [h]
         for layer in self.down:
@@ -315,829 +488,994 @@ class UNet(nn.Module):
             h = block(h, emb)
         return h, skips
 
-    def decode(self, h, skips, emb):
-        """The way up, from what encode returns.  -> (B, C, H, W)"""
+    def go_up(self, h, skips, emb):
+        """The way up, from what go_down returns.  -> (B, C, H, W)"""
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, ResBlock) else layer(h)
+            if isinstance(layer, ResBlock):
+                h = layer(torch.cat([h, skips.pop()], 1), emb)
+            else:
+                h = layer(h)
         return self.out(h)
 
     def forward(self, x, t):
-        emb = self.embedding(t)
-        h, skips = self.encode(x, emb)
-        return self.decode(h, skips, emb).to(x.dtype)  # bfloat16 under autocast; the process stays float32
+        emb = self.embed_time(t)
+        h, skips = self.go_down(x, emb)
+        return self.go_up(h, skips, emb).to(x.dtype)  # under autocast, back to float32
 
 def init_weights(module):
-    """The authors' initialisation: uniform, of variance 2 / (fan_in + fan_out); biases are 0. Each residual
-    branch ends in zeros: at first a block is its skip, the identity where the width stays."""
+    """The authors' initialisation, for UNet.apply: uniform, with variance 2 / (fan_in + fan_out).
+
+    The last layer of each residual branch starts at 0, so that at first a block returns its input
+    and a deep network is as easy to train as a shallow one."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-    if isinstance(module, Attention):  # q, k and v are one layer here and three in theirs: fan_out is C there
+    if isinstance(module, Attention):
+        # q, k and v are one layer of 3 C outputs here and three layers of C in the authors' code.
+        # The gain makes up for it: 2 · 2 / (C + 3 C) is their 2 / (C + C).
         nn.init.xavier_uniform_(module.qkv.weight, gain=2 ** 0.5)
-    if isinstance(module, (ResBlock, Attention)):  # called after the layers that they hold
+    if isinstance(module, (ResBlock, Attention)):  # apply comes to these after their layers
         nn.init.zeros_(module.out.weight)
 
-# Only here: what guidance adds to the U-Net.
+# Not copied: what labels add to the U-Net.
 class ConditionalUNet(UNet):
-    """ε_θ(x_t, t, y): the U-Net, with the embedding of the label y added to that of t.
-    (B, C, H, W), (B,), (B,) in 0..K -> (B, C, H, W).  Row K of the table is the null token ∅.
-    UNet's docstring says how to load assets/mnist_cfg.pt; here K = len(run["names"]) comes first."""
-    def __init__(self, K, *args, **options):
-        super().__init__(*args, **options)
-        self.label = nn.Embedding(K + 1, self.embed[-1].out_features)
+    """The network ε_θ(x_t, t, y): the U-Net, with the vector of the label y added to that of t.
+
+    K: the number of classes; the other arguments are UNet's.  Row K of the table stands for ∅.
+    (B, C, H, W), (B,), (B,) in 0..K -> (B, C, H, W)"""
+    def __init__(self, K, *unet_arguments, **unet_options):
+        super().__init__(*unet_arguments, **unet_options)
+        self.label = nn.Embedding(K + 1, self.embed[-1].out_features)  # starts from N(0, 1)
 
     def forward(self, x, t, y):
-        emb = self.embedding(t) + self.label(y)
-        h, skips = self.encode(x, emb)
-        return self.decode(h, skips, emb).to(x.dtype)
+        emb = self.embed_time(t) + self.label(y)
+        h, skips = self.go_down(x, emb)
+        return self.go_up(h, skips, emb).to(x.dtype)
 
 class NoisyClassifier(UNet):
-    """Logits of p(y | x_t): the U-Net's way down and middle, the mean over pixels, a linear layer.
-    (B, C, H, W), (B,) -> logits (B, K).  After Dhariwal & Nichol 2021, Sec. 4"""
-    def __init__(self, K, *args, **options):
-        super().__init__(*args, **options)
-        self.up = self.out = None  # not used here
+    """Logits of p(y | x_t): the U-Net's way down, the mean over pixels, and a linear layer.
+
+    After Dhariwal & Nichol 2021, Sec. 4.  (B, C, H, W), (B,) -> logits (B, K)"""
+    def __init__(self, K, *unet_arguments, **unet_options):
+        super().__init__(*unet_arguments, **unet_options)
+        self.up = self.out = None  # a classifier has no way up
         self.head = nn.Linear(self.middle[-1].out.out_channels, K)
 
     def forward(self, x, t):
-        h, _ = self.encode(x, self.embedding(t))
+        h, _ = self.go_down(x, self.embed_time(t))
         return self.head(h.mean((2, 3))).to(x.dtype)
 
-# The paper ends here; the rest trains, measures and draws.
+# The paper ends here. The rest is a laboratory: it reads data, trains, measures and draws.
 
-# Copied from ddpm_ho_2020.py
 import argparse
+import itertools
 import json
 import os
-import signal
+import re
 import sys
 import textwrap
-import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
-from multiprocessing.pool import ThreadPool
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy.io import loadmat
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, MNIST
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------- data
+SCRIPT = Path(__file__).stem
+SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
+RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes, numbered by RANK
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+# ------------------------------------------------------------------------------------------ data
 
 # Copied from ddpm_ho_2020.py
 def fail(message):
-    """End the run on a user's mistake: one line, below the bars that are there, and exit status 2."""
+    """End the run on a user's mistake: one line, and exit status 2."""
     tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
-def load_data(dataset, data_dir, download=True):
-    """-> (images, labels) to train on, (images, labels) held out, the names of the K classes.
-    uint8 (N, C, H, W), int64 (N,): one tensor, so that a batch is an index. OSError if not to be had."""
-    if dataset == "digits":
+def load_data(args):
+    """The data set that args name, as tensors on args.device, so that a batch is an index.
+
+    -> images, held_out: uint8 (N, C, H, W); labels, held_labels: int64 (N,); names (of the K)"""
+    if args.dataset == "digits":
         x, y = load_digits(return_X_y=True)
-        x = torch.tensor(x * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8)  # grey levels were 0..16
-        x, x_held, y, y_held = train_test_split(x, torch.tensor(y), test_size=450, random_state=0)
-        return (x, y), (x_held, y_held), [str(k) for k in range(10)]
-    kind, files = MNIST, [f"MNIST/raw/{name[:-3]}, or .gz" for name, _ in MNIST.resources]
-    if dataset == "cifar10":
-        kind, files = CIFAR10, [CIFAR10.base_folder]
+        x = torch.tensor(x * 255 / 16).round().to(torch.uint8)  # grey levels were 0..16
+        x, y, names = x.reshape(-1, 1, 8, 8), torch.tensor(y), list("0123456789")
+        parts = train_test_split(x, y, test_size=450, random_state=0)
+    elif args.dataset in ("mnist", "cifar10"):
+        parts, names = load_torchvision(args.dataset, args.data_dir)
+    else:
+        if args.dataset == "cars":
+            listing = list_cars(args.data_dir, args.labels)
+        else:
+            listing = list_folder(args.dataset)
+        x, y, names = read_images(listing, args.image_size)
+        parts = train_test_split(x, y, test_size=max(1, len(x) // 10), random_state=0)
+    images, held_out, labels, held_labels = [part.to(args.device) for part in parts]
+    return SimpleNamespace(images=images, held_out=held_out, labels=labels, held_labels=held_labels,
+                           names=names)
+
+def load_torchvision(dataset, data_dir):
+    """MNIST or CIFAR-10, downloaded into data_dir unless it is there.
+    -> (images, held-out images, labels, held-out labels), names of the classes"""
+    kind = {"mnist": MNIST, "cifar10": CIFAR10}[dataset]
     try:
-        sets = [kind(data_dir, train, download=download) for train in (True, False)]  # what is there stays
-    except Exception as e:  # no network, no room, a truncated file: whatever it was, the remedy is the same
-        raise OSError(f"{dataset} was neither read nor downloaded ({type(e).__name__}): --data-dir {data_dir}"
-                      f" needs {'; '.join(files)}. --dataset digits needs no download") from e
-    pairs = []
-    for part in sets:
-        x = torch.as_tensor(part.data)
-        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)  # grey, or colours last
-        pairs.append((x, torch.as_tensor(part.targets)))
-    return pairs[0], pairs[1], [name.split()[0] for name in sets[0].classes]  # MNIST's are "0 - zero" ...
+        with redirect_stdout(StringIO()):  # what torchvision says of its mirrors
+            train, test = [kind(data_dir, part, download=True) for part in (True, False)]
+    except Exception as e:  # no network, no room, or a damaged file, which can raise anything
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        fail(f"{dataset} can neither be read from {data_dir} nor downloaded: {reason} If files"
+             " of it are there, one is damaged: delete them. (--dataset digits needs no files.)")
+    x, x_held = torch.as_tensor(train.data), torch.as_tensor(test.data)
+    if dataset == "mnist":
+        x, x_held = x[:, None], x_held[:, None]  # (N, 1, H, W)
+    else:
+        x, x_held = x.permute(0, 3, 1, 2), x_held.permute(0, 3, 1, 2)  # the colours come last there
+    names = [name.split()[0] for name in train.classes]  # MNIST's are "0 - zero", ...
+    return (x, x_held, torch.as_tensor(train.targets), torch.as_tensor(test.targets)), names
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+HIDDEN = (".", "@", "__")  # so begin the names that systems and programs give to their own files
+TURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # EXIF's orientations
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+def natural(name):
+    """A key to sort names by, such that 2 comes before 10."""
+    return [part.zfill(12) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name)]
+
+def list_folder(folder):
+    """Every image of a person's own folder. The folders in it are the classes, each with all that
+    lies below it; images that lie in no such folder are a class named after the folder itself.
+    Hidden files and links to folders are left out.  -> [(path, class, None)]"""
+    listing, left_out = [], Counter()
+    for top, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        inside = Path(top).relative_to(folder).parts
+        classname = inside[0] if inside else Path(folder).resolve().name
+        for path in [Path(top, name) for name in names if not name.startswith(HIDDEN)]:
+            if path.suffix.lower() in SUFFIXES:
+                listing.append((path, classname, None))
+            else:
+                left_out[path.suffix.lower()] += 1
+    if left_out:
+        print("files left out, by suffix:", dict(left_out))
+    return listing
 
 def body_of(model):
-    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other" for the 15 names that have none."""
-    for body in ("Cab", "Convertible", "Coupe", "Hatchback", "SUV", "Sedan", "Van", "Wagon"):
-        if f" {body} " in model.replace("Minivan", "Van"):
-            return body
-    return "other"
+    """"Audi TT RS Coupe 2012" -> "Coupe": one of 8 types, or "other", as 15 names have none."""
+    bodies = ("Cab", "Convertible", "Coupe", "Hatchback", "SUV", "Sedan", "Van", "Wagon")
+    model = model.replace("Minivan", "Van")
+    return next((body for body in bodies if f" {body} " in model), "other")
 
-def load_folder(dataset, data_dir, size, labels="model"):
-    """As load_data, for Stanford Cars (dataset "cars") in any layout of its copies, or for the images in a
-    folder and below: scaled and cropped in the middle to size (H, W), in colour. The class is what the
-    cars' .mat says, or with labels="body" what body_of makes of that; else the folder that an image lies in.
-    A broken image is named and skipped."""
-    folder = root = Path(dataset)
-    if dataset == "cars":
-        folder = root = Path(data_dir)
-        for name in ("cars_train", "stanford_cars"):
-            if Path(data_dir, name).is_dir():
-                folder = Path(data_dir, name)
-    files = [Path(top, name) for top, _, names in os.walk(root, followlinks=True) for name in names]
-    paths = sorted(path for path in files if path.suffix.lower() in Image.registered_extensions()
-                   and path.is_relative_to(folder)
-                   and "cars_test" not in path.relative_to(folder).parts)  # named like the training images
+def list_cars(data_dir, labels):
+    """The training images of Stanford Cars, as torchvision's or Kaggle's copy lays them out.
 
-    def decode(path):
+    The class is the car's body type or, with labels="model", its model, and each car is cropped by
+    the box of its annotation.  -> [(path, class, (left, top, right, bottom))]"""
+    root = Path(data_dir)
+    places = ["stanford_cars/cars_train/cars_train", "stanford_cars/cars_train",
+              "cars_train/cars_train", "cars_train"]
+    folder = next((root / place for place in places if any((root / place).glob("*.jpg"))), None)
+    where = "github.com/pytorch/vision/issues/7545 says where to get"
+    if folder is None:
+        fail(f"no Stanford Cars in {data_dir}: {where} them; put stanford_cars or cars_train there")
+    mats = {path.name: path for path in root.rglob("cars_*.mat")}
+    if not {"cars_train_annos.mat", "cars_meta.mat"} <= mats.keys():
+        print("cars without cars_train_annos.mat and cars_meta.mat are one class, and not cropped;"
+              f" {where} them")
+        return [(path, "car", None) for path in folder.glob("*.jpg")]
+    try:
+        models = loadmat(mats["cars_meta.mat"], squeeze_me=True)["class_names"]
+        annotations = loadmat(mats["cars_train_annos.mat"], squeeze_me=True)["annotations"]
+    except Exception as e:  # a damaged file can raise anything
+        fail(f"cars_meta.mat or cars_train_annos.mat is damaged ({type(e).__name__}): {where} them")
+    listing = []
+    for image in annotations:
+        model = str(models[int(image["class"]) - 1])  # classes count from 1, and pixels too
+        left, top, right, bottom = [int(image[f"bbox_{side}"]) for side in ("x1", "y1", "x2", "y2")]
+        name = body_of(model) if labels == "body" else model
+        listing.append((folder / str(image["fname"]), name, (left - 1, top - 1, right, bottom)))
+    return listing
+
+def read_image(path, box, size):
+    """One image as (size, size, 3), uint8: cropped to its box, turned upright, scaled so that its
+    shorter side fits, and cropped in the middle."""
+    image = Image.open(path)
+    if box is not None:
+        image = image.crop(box)
+    else:
+        image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded no larger than it need be
+    orientation = image.getexif().get(0x112)
+    if orientation in TURN:
+        image = image.transpose(TURN[orientation])
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("grey levels without a known range; save it with 8 bits")
+    if image.mode.endswith("A") or "transparency" in image.info:  # what is clear becomes white
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+
+def read_images(listing, size):
+    """The images of a listing, [(path, class, box)]. One that cannot be read is named and skipped.
+    -> uint8 (N, 3, size, size), int64 (N,), the names of the classes"""
+    def attempt(entry):
+        path, name, box = entry
         try:
-            image = Image.open(path)
-            image.draft("RGB", (2 * size[1], 2 * size[0]))  # a JPEG is decoded no larger than it need be
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # convert would cut at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            if image.mode.endswith("A") or "transparency" in image.info:  # what is clear becomes white
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.array(ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.BICUBIC))
-        except Exception as e:  # truncated, or not an image whatever its name says
+            return read_image(path, box, size), name
+        except Exception as e:  # truncated, or no image whatever its name says
             tqdm.write(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
 
-    with ThreadPool() as pool:
-        decoded = list(tqdm(pool.imap(decode, paths), f"reading {folder}", len(paths)))
-    images = {path: image for path, image in zip(paths, decoded) if image is not None}
-    if len(images) < 2:
-        found = ", ".join(sorted(path.name for path in folder.glob("*"))[:9]) or "nothing"
-        raise OSError(f"{len(images)} readable images in {folder}, 2 are needed; it holds {found}. Cars: put"
-                      " the folder stanford_cars or cars_train of any copy of the set into --data-dir, as of"
-                      " kaggle.com/datasets/jessicali9530/stanford-cars-dataset")
-    mats, model_names, model_of = {path.name: path for path in files}, None, {}
-    if "cars_meta.mat" in mats:
-        model_names = [str(name) for name in loadmat(mats["cars_meta.mat"], squeeze_me=True)["class_names"]]
-    if "cars_train_annos.mat" in mats:
-        for image in loadmat(mats["cars_train_annos.mat"], squeeze_me=True)["annotations"]:
-            k = int(image["class"])  # from 1
-            model_of[str(image["fname"])] = f"model {k:03}" if model_names is None else model_names[k - 1]
-    classes = [model_of.get(path.name, path.parent.name) for path in images]
-    if dataset == "cars" and labels == "body":
-        classes = [body_of(model) for model in classes]
-    names, y = np.unique(classes, return_inverse=True)
-    x = torch.tensor(np.stack(list(images.values()))).permute(0, 3, 1, 2)  # (N, C, H, W)
-    held = max(1, len(x) // 10)
-    x, x_held, y, y_held = train_test_split(x, torch.tensor(y), test_size=held, random_state=0)
-    return (x, y), (x_held, y_held), names.tolist()
+    listing = sorted(listing, key=lambda entry: natural(str(entry[0])))
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(attempt, listing), "reading images", len(listing), disable=RANK > 0)
+        found = [pair for pair in bar if pair is not None]
+    if len(found) < 2:
+        fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed")
+    names = sorted({name for _, name in found}, key=natural)
+    x = torch.tensor(np.stack([image for image, _ in found]))
+    y = torch.tensor([names.index(name) for _, name in found])
+    return x.permute(0, 3, 1, 2).contiguous(), y, names
 
-def to_float(images):
-    """uint8 0..255 -> float32 [-1, 1].  Sec. 3.3."""
-    return images.float() / 127.5 - 1
-
-def to_uint8(x):
-    """[-1, 1] -> uint8 0..255, rounded."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-# ------------------------------------------------------------------------- the judge, which needs no download
+# ------------------------------------------- the judge: how near are samples to real images?
 
 # Copied from ddpm_ho_2020.py
-def train_judge(images, labels, K, steps, batch=128):
-    """A small classifier of real images, in whose 64 features samples and real images are compared.
-    uint8 (N, C, H, W), int64 (N,) -> Sequential(features, head); None if there is but one class"""
-    if K == 1:
-        return None
-    torch.manual_seed(0)  # the same classifier in runs of 1000 steps or more, so that distances compare
-    _, C, H, W = images.shape
+JUDGE_STEPS = 1000  # the same for every run, so that all distances on the same data compare
+
+def train_judge(data, batch=128):
+    """A small classifier of the real images. In its 64 features samples are compared with real
+    ones.
+    -> Sequential(features, head)"""
+    torch.manual_seed(0)
+    _, C, H, W = data.images.shape
     layers = [conv3(C, 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(), conv3(64, 64, 2), nn.ReLU(),
-              nn.AvgPool2d(max(1, min(H, W) // 16)), nn.Flatten(), nn.Dropout(0.2)]  # of 64x64 images: by 4
+              nn.AvgPool2d(max(1, min(H, W) // 16)), nn.Flatten(), nn.Dropout(0.2)]
     size = nn.Sequential(*layers)(torch.zeros(1, C, H, W)).shape[1]
     features = nn.Sequential(*layers, nn.Linear(size, 64), nn.ReLU())
-    judge = nn.Sequential(features, nn.Linear(64, K)).to(images.device)
+    judge = nn.Sequential(features, nn.Linear(64, len(data.names))).to(data.images.device)
     opt = torch.optim.Adam(judge.parameters())
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        for step in tqdm(range(steps), "judge", leave=False):
-            opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-            i = torch.randint(len(images), (batch,), device=images.device)
-            loss = F.cross_entropy(judge(to_float(images[i])), labels[i])
+        for step in tqdm(range(JUDGE_STEPS), "training the judge", leave=False):
+            opt.param_groups[0]["lr"] = 2e-3 * (1 - step / JUDGE_STEPS)
+            i = torch.randint(len(data.images), (batch,), device=data.images.device)
+            loss = F.cross_entropy(judge(to_float(data.images[i])), data.labels[i])
             opt.zero_grad()
             loss.backward()
             opt.step()
     return judge.eval().requires_grad_(False)
 
 def features_of(judge, images):
-    """uint8 (N, C, H, W) -> (N, 64); without a judge, 4x4 thumbnails"""
-    if judge is None:
-        return F.interpolate(images.cpu().float(), (4, 4), mode="area").flatten(1) / 127.5 - 1
+    """uint8 (N, C, H, W) -> (N, 64)"""
     return torch.cat([judge[0](to_float(part)) for part in images.split(500)])
 
-def frechet_distance(a, b):
-    """|m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½) for the means m and covariances S of two sets of features.
-    (N, D), (M, D) -> float"""
-    a, b = a.cpu().double(), b.cpu().double()
-    S_a, S_b = a.T.cov(), b.T.cov()
-    root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # the trace of the root
-    return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
-
-def some_of(images, n, seed):
-    """n images drawn by the seed: real ones, in place of n samples, give the floor of the distance."""
-    i = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
-    return images[i.to(images.device)]
-
-# Only here: samples that were asked for by label.
-def class_scores(log_p, y):
-    """log_p (N, K), a classifier's log p(k | x) of samples asked for with labels y (N,).  -> dict
-    classifier_score = exp E KL(p(k | x) || p(k)), the Inception Score's formula: from 1 to K."""
-    p = log_p.exp()
-    kl = (p * (log_p - p.mean(0).log())).sum(1).mean()
-    return {"classifier_score": kl.exp().item(),
-            "label_accuracy": (log_p.argmax(1) == y).double().mean().item()}
-
-def evaluate(images, y, judge, f_held):
-    """Samples, uint8 (N, C, H, W), drawn for the labels y; f_held: features of real images.  -> dict"""
-    f = features_of(judge, images)
-    log_p = judge[1](f).cpu().double().log_softmax(1)
-    return {"frechet": frechet_distance(f, f_held)} | class_scores(log_p, y.cpu())
-
-def examples(real, y, seed=None):
-    """Real images of the classes y (n,): of each class the first, the second, ... (once more from the first,
-    if it has too few); with a seed, shuffled."""
-    (images, labels), (held_out, held_labels), _ = real
+# Not copied: samples that were asked for by label.
+def real_like(data, y, seed):
+    """Real images with the labels y (n,), drawn by the seed, from all images of a class."""
+    images = torch.cat([data.images, data.held_out])
+    labels = torch.cat([data.labels, data.held_labels])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(y.device)
     picked = images.new_empty(len(y), *images.shape[1:])
     for k in y.unique():
-        asked, of_class = y == k, images[labels == k]
-        if len(of_class) == 0:  # of a small class, all may be held out
-            of_class = held_out[held_labels == k]
-        if seed is not None:
-            of_class = some_of(of_class, len(of_class), seed)
-        i = torch.arange(asked.sum(), device=y.device) % len(of_class)
-        picked[asked] = of_class[i]
+        of_class = order[labels[order] == k]
+        asked = (y == k).nonzero()[:, 0]
+        i = torch.arange(len(asked), device=y.device) % len(of_class)  # a small class comes again
+        picked[asked] = images[of_class[i]]
     return picked
 
-def judge_of(real, y, K, args):
-    """The judge, its features of held-out images of the classes in y, and its scores of real images.
-    Too few samples or images for a covariance of 64 features: None, None, {}."""
-    (images, labels), (held_out, held_labels), _ = real
-    held = torch.isin(held_labels, y)
-    if min(len(y), held.sum()) <= 64:
-        return None, None, {}
-    judge = train_judge(images, labels, K, min(1000, args.steps))
-    f_held = features_of(judge, held_out[held])
-    f_real = features_of(judge, examples(real, y, args.seed))
-    right = judge[1](f_held).argmax(1) == held_labels[held]
-    return judge, f_held, {"frechet_floor": frechet_distance(f_real, f_held),
-                           "label_accuracy_real": right.double().mean().item()}
+def evaluate(images, y, judge, f_held):
+    """Samples, uint8 (N, C, H, W), drawn for the labels y; f_held: features of real ones."""
+    f = features_of(judge, images)
+    classifier_score, accuracy = class_scores(judge[1](f).cpu().double().log_softmax(1), y.cpu())
+    return {"frechet": frechet_distance(f, f_held), "classifier_score": classifier_score,
+            "label_accuracy": accuracy}
 
-# ----------------------------------------------------------------------------------- what a run leaves behind
+# -------------------------------------------------------------------------- folders, checkpoints
 
 # Copied from ddpm_ho_2020.py
-def random_state(device):
-    """The state of the CPU's random numbers and of the device's own."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = getattr(torch, device.type).get_rng_state()  # torch.cuda, torch.mps
-    return state
-
-def set_random_state(state, device):
-    """Back to what random_state has returned; on another kind of device, only the CPU's part."""
-    torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state[device.type])
-
-def make_folder(out):
-    """The folder of a new run. If results of an earlier one are in it, it is kept under another name."""
-    try:
-        if (out / "checkpoint.pt").exists() or (out / "metrics.json").exists():
-            n = 1
-            while out.with_name(f"{out.name}-{n}").exists():
-                n += 1
-            print(f"the earlier {out} is now", out.rename(out.with_name(f"{out.name}-{n}")))
-        out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as e:  # ValueError: --out . has no name to add -1 to
-        fail(f"--out {out}: {e}")
+def claim_folder(name, default):
+    """Make the folder of a new run: the one called name or, without a name, the first that is free
+    of default, default-2, default-3, ...  mkdir fails where there is one already, so that two runs
+    that start at once never share a folder, and nothing of another run is touched.  -> Path"""
+    folder, n = Path(name or default), 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if name:
+                fail(f"--out {name} is there already; choose a new name, as a run makes its folder")
+        except OSError as e:
+            fail(f"--out {folder}: {e.strerror}")
+        n += 1
+        folder = Path(f"{default}-{n}")
 
 def save(state, path):
-    """Write a checkpoint, then rename it: a run that is killed meanwhile leaves the last one whole."""
+    """Write a checkpoint under another name, then rename it: a run that is killed meanwhile leaves
+    the last checkpoint whole."""
     try:
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as e:  # a full disk is either
-        fail(f"{path} could not be written and is as it was: {e}")
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk by a RuntimeError
+        fail(f"{path} could not be written, and is as it was: {e}")
 
 def load_checkpoint(path):
-    """The dict that train has saved at path. Ends the run if it is missing, damaged or of another script."""
-    script = Path(__file__).stem
+    """What save has written. Ends the run if it is missing, damaged or another script's."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        script, schedule = run["script"], run["config"]["schedule"]
+        _ = run["ema"], run["image_shape"], run["names"]
+    except FileNotFoundError:
+        fail(f"{path}: there is no such file")
     except Exception as e:  # the bytes of a damaged file can lead anywhere
-        fail(f"no checkpoint of {script}.py at {path}: missing, truncated or another ({type(e).__name__})")
-    if not isinstance(state, dict) or state.get("script") != script or not PARTS <= state.keys():
-        fail(f"no checkpoint of {script}.py at {path}: it is of another script, or lacks a part")
-    name = state["config"]["schedule"]
-    if name not in ["learned", *SCHEDULES]:
-        fail(f"no checkpoint of {script}.py at {path}: schedules.py has no schedule {name}")
-    return state
+        fail(f"{path} is damaged, or no checkpoint of {SCRIPT}.py ({type(e).__name__})")
+    if script != SCRIPT or schedule not in SCHEDULES:
+        fail(f"{path} is a checkpoint of {script}.py with the schedule {schedule}")
+    return run
 
-def open_run(args):
-    """The checkpoint that args name, or a run of 0 steps; and the data, or None if --checkpoint has none."""
-    run, real = None, None
-    if args.checkpoint or args.resume:
-        run = load_checkpoint(args.checkpoint or Path(args.out, "checkpoint.pt"))
-        if args.resume and not {"net", "optimizer", "random"} <= run.keys():
-            fail(f"{args.out} has weights to sample from, not a run to resume: --checkpoint takes them")
-    try:
-        if args.dataset in ("digits", "mnist", "cifar10"):
-            train, held_out, names = load_data(args.dataset, args.data_dir, download=not args.checkpoint)
-        else:
-            train, held_out, names = load_folder(args.dataset, args.data_dir, args.image_size, args.labels)
-        real = [v.to(args.device) for v in train], [v.to(args.device) for v in held_out], names
-    except OSError as e:
-        if not args.checkpoint:
-            fail(e)
-        print(f"nothing to compare samples with: {e}")
-    if run is None:
-        run = {"script": Path(__file__).stem, "image_shape": list(train[0].shape[1:]), "names": names,
-               "step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
-    if real is not None and list(train[0].shape[1:]) != run["image_shape"]:
-        fail(f"the checkpoint draws {run['image_shape']}, {args.dataset} has {list(train[0].shape[1:])}")
-    if not args.checkpoint:
-        run["config"] = {name: value for name, value in vars(args).items() if name not in ONCE}
-    return run, real
+# Not copied: the networks.
+def make_network(config, image_shape, names):
+    """The network that a run's settings describe.  names: of the classes"""
+    return ConditionalUNet(len(names), image_shape, config["channels"], config["multipliers"],
+                           config["blocks"], config["attention"], config["dropout"])
 
-def networks(make, run, args):
-    """The network that make() returns and the average of its weights, on args.device, as far as run is."""
-    torch.manual_seed(args.seed)
-    try:
-        net = make().to(args.device)
-        ema = copy.deepcopy(net).requires_grad_(False).eval()
-        if run["step"] > 0:
-            net.load_state_dict(run.get("net", run["ema"]))  # a file for sampling alone has no net
-            ema.load_state_dict(run["ema"])
-    except (ValueError, RuntimeError) as e:  # sizes that do not fit each other, or the checkpoint
-        fail(str(e)[:300])
-    if args.compile:
-        net.compile()
-        ema.compile()
-    return net, ema
+def make_classifier(config, image_shape, names):
+    """The classifier of noised images, half as wide as the U-Net."""
+    return NoisyClassifier(len(names), image_shape, max(4, config["channels"] // 8 * 4),
+                           config["multipliers"], config["blocks"], config["attention"],
+                           config["dropout"])
 
-def save_weights(run, path):
-    """All that --checkpoint needs, in half precision: an eighth of a checkpoint's size."""
-    weights = {part: run[part] for part in PARTS}
-    weights["ema"] = {name: value.half() for name, value in run["ema"].items()}
-    save(weights, path)
+def load(path, device="cpu"):
+    """What a notebook needs of a checkpoint: ε_θ(x, t, y) (whatever the network predicts), the
+    schedule, the shape of an image (C, H, W), and the names of the classes, whose number stands for
+    ∅.
 
-# -------------------------------------------------------------------------------------- training and sampling
+        eps_theta, s, shape, names = load("assets/mnist_cfg.pt")
+        y = torch.full((16,), names.index("7"))
+        sevens = guided(*subchain(eps_theta, s, 50)[:1], y, null=len(names), w=1)"""
+    run = load_checkpoint(path)
+    net = make_network(run["config"], run["image_shape"], run["names"])
+    net.load_state_dict(run["ema"])
+    net = in_fast_format(net.to(device), device).eval().requires_grad_(False)
+    s = make_schedule(run["config"]["schedule"], run["config"]["T"]).to(device)
+    eps_theta = as_eps_theta(net, s, run["config"].get("predict", "eps"))
+    return eps_theta, s, run["image_shape"], run["names"]
+
+def load_classifier(path, device):
+    """The classifier that was trained beside a checkpoint, or None if there is none."""
+    path = Path(path).with_name("classifier.pt")
+    if not path.is_file():
+        return None
+    run = load_checkpoint(path)
+    net = make_classifier(run["config"], run["image_shape"], run["names"])
+    net.load_state_dict(run["ema"])
+    return in_fast_format(net.to(device), device).eval().requires_grad_(False)
+
+# ------------------------------------------------------------------------- training and sampling
 
 # Copied from ddpm_ho_2020.py
-def train(args, net, ema, s, images, labels, train_step, loss, look, path, run):
-    """Algorithm 1 from where run is to args.steps; Ctrl-C stops it after the step at hand.  -> run, now there
-    Saves run to path each minute and at the end: a dict that holds all that the next step depends on.
+def fast_in_bfloat16(device):
+    """Does a device compute faster in bfloat16? GPUs since 2020 do, and some CPUs."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device == "cpu" and (able.get("avx512_bf16", False) or able.get("amx_bf16", False))
 
-    train_step: one step, as above, of the given loss.  look: None, or gives samples for training.png.
-    Of the processes that torchrun starts, each learns from its share of every batch; the first one saves."""
-    device, rank, world = images.device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    done, start, saved = run["step"], time.time() - run["seconds"], time.time()
-    if done >= args.steps:
-        return run
-    opt = torch.optim.Adam(net.parameters(), args.lr)
-    if done > 0:
-        opt.load_state_dict(run["optimizer"])
-        set_random_state(run["random"], device)
-    model = net
-    if world > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group()
-        model = nn.parallel.DistributedDataParallel(net)
-
-    def share_of_loss(_, s, x0, t, eps, y):
-        """The loss of this process's share of the batch, which all have drawn alike."""
-        mine = slice(rank, None, world)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            return loss(model, s, x0[mine], t[mine], eps[mine], y[mine])
-
-    stop = threading.Event()
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.set())  # Ctrl-C
-    losses = torch.zeros(args.steps, device=device)
-    losses[:done] = run["losses"]
-    milestones = {max(1, args.steps // 2 ** i) for i in range(6)}  # a row of samples each: one sees it learn
-    bar = tqdm(range(done + 1, args.steps + 1), "training", args.steps, initial=done, disable=rank > 0)
-    for step in bar:
-        fall = 1 - (step - 1) / args.steps if args.decay_lr else 1
-        opt.param_groups[0]["lr"] = args.lr * min(1, step / args.warmup) * fall
-        i = torch.randint(len(images), (args.batch,), device=device)
-        x0 = to_float(images[i])
-        if args.flip:
-            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
-        decay = min(args.ema, step / (9 + step))
-        losses[step - 1] = train_step(net, ema, opt, s, x0, labels[i], loss=share_of_loss, decay=decay)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{losses[step - 50:step].mean():.4f}")
-        if look is not None and step in milestones and rank == 0:
-            run["snapshots"][step] = look().cpu()
-            draw_rows(path.with_name("training.png"), [(f"step {k}", x) for k, x in run["snapshots"].items()])
-        if rank == 0 and (stop.is_set() or step == args.steps or time.time() - saved > 60):
-            finite = [v.isfinite().all().item() for v in (losses[:step], *net.parameters())]
-            if not all(finite):
-                fail(f"the loss is no longer finite at step {step}: try a smaller --lr. {path} is as it was")
-            saved = time.time()
-            run |= {"step": step, "seconds": saved - start, "losses": losses[:step].cpu(),
-                    "net": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict(),
-                    "random": random_state(device)}
-            save(run, path)
-        if stop.is_set():
-            print(f"stopped at step {step} of {args.steps}; --resume goes on from here")
-            break
-    signal.signal(signal.SIGINT, handler)
-    return run | {"step": step}  # also in the processes that do not save
-
-def leave_torchrun():
-    """After training, the first of torchrun's processes goes on alone."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) > 0:
-        sys.exit()
-
-def portions(n, device):
-    """n images as numbers of images to draw at once: 50, which a CPU's cache holds, or 500.  -> list"""
-    at_once = 50 if device == "cpu" else 500
-    return [min(at_once, n - i) for i in range(0, n, at_once)]
-
-@torch.no_grad()
-def sample(parts, s, args, image_shape, show=True):
-    """Images by args.sampler from the seed's noise, uint8 (N, C, H, W), and (t, x_t, x̂_0) of the first 16.
-    parts: pairs of an ε_θ and the number of images that it draws at once. Leaves the random state as it was:
-    looking at samples in between does not change the training."""
-    device, steps, images, frames = s.beta.device, min(args.sampling_steps, s.T), [], []
-    options = {"variance": args.variance} if args.sampler == "ddpm" else {}
-    state = random_state(device)
-    torch.manual_seed(args.seed)
-    bar = tqdm(total=len(parts) * steps, desc="sampling", disable=not show)
-    with bar, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        for eps_theta, n in parts:
-            eps_theta, short = subchain(eps_theta, s, steps)
-            x = torch.randn(n, *image_shape, device=device)
-            for i, xt, x0_hat in SAMPLERS[args.sampler](eps_theta, short, x, clip=args.clip, **options):
-                if not images:
-                    frames.append((round(i * s.T / steps), xt[:16].clone(), x0_hat[:16].clone()))
-                bar.update()
-            images.append(to_uint8(xt))
-    set_random_state(state, device)
-    return torch.cat(images), frames
-
-def in_fast_format(net, args):
-    """The memory format that is faster: channels last, but on a CPU in bfloat16 the usual one."""
-    if args.device == "cpu" and args.bf16:
+def in_fast_format(net, device):
+    """The order in memory that is faster: channels last, but on a CPU in bfloat16 the usual one."""
+    if device == "cpu" and fast_in_bfloat16(device):
         return net
     return net.to(memory_format=torch.channels_last)
 
-# Only here: the networks.
-def make_eps_theta(args, image_shape, K=10):
-    """The network that args describe, for images (C, H, W) of K classes.  ValueError if they do not fit."""
-    net = ConditionalUNet(K, image_shape, args.channels, args.multipliers, args.blocks, args.attention,
-                          args.dropout)
-    return in_fast_format(net, args)
+def in_bfloat16(function, args):
+    """The same function with networks that compute in bfloat16, if args.bf16 says so."""
+    kind = torch.device(args.device).type  # cpu or cuda
+    return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
-def make_classifier(args, image_shape, K=10):
-    """The classifier of noised images, half as wide as the U-Net.  ValueError if they do not fit."""
-    net = NoisyClassifier(K, image_shape, max(4, args.channels // 2), args.multipliers, args.blocks,
-                          args.attention, args.dropout)
-    return in_fast_format(net, args)
+def start(args, net, run):
+    """The network, its average and Adam: new, or as the run's checkpoint holds them."""
+    net = in_fast_format(net.to(args.device), args.device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    opt = torch.optim.Adam(net.parameters(), args.lr)
+    if run["step"] > 0:
+        net.load_state_dict(run["net"])
+        ema.load_state_dict(run["ema"])
+        opt.load_state_dict(run["optimizer"])
+    run["ema"] = ema.state_dict()
+    return net, ema, opt
 
-# ---------------------------------------------------------------------------------------------------- figures
+def train(args, run, net, ema, opt, data, path, one_step, look=None):
+    """Train from where the run is to args.steps, and save it to path each minute and at the end.
+
+    one_step(net, x0, y, step) -> loss is one step of training on a batch.  look() draws the rows of
+    training.png, on which one sees the network learn.
+
+    Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
+    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
+    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
+    if run["step"] >= args.steps:
+        return
+    model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
+    device, warmup = data.images.device, min(args.warmup, max(1, args.steps // 10))
+    losses = torch.zeros(args.steps, device=device)
+    losses[:run["step"]] = run["losses"]
+    milestones = {max(1, args.steps // 2 ** i) for i in range(6)}
+    began, saved, before = time.monotonic(), time.monotonic(), run["seconds"]
+    bar = tqdm(range(run["step"] + 1, args.steps + 1), "training", args.steps, initial=run["step"],
+               disable=RANK > 0)
+    for step in bar:
+        torch.manual_seed(10 ** 9 * args.seed + WORLD * step + RANK)
+        fall = 1 - (step - 1) / args.steps if args.decay_lr else 1
+        opt.param_groups[0]["lr"] = args.lr * min(1, step / warmup) * fall
+        i = torch.randint(len(data.images), (args.batch // WORLD,), device=device)
+        x0 = to_float(data.images[i])
+        if args.flip:
+            mirrored = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
+            x0 = torch.where(mirrored, x0.flip(3), x0)
+        losses[step - 1] = one_step(model, x0, data.labels[i], step)
+
+        due = step == args.steps or time.monotonic() - saved > 60
+        if step % 100 == 0 or due:
+            recent = losses[max(0, step - 100):step].mean().item()
+            if not math.isfinite(recent) or not all(p.isfinite().all() for p in net.parameters()):
+                fail(f"the loss is no longer finite at step {step}: try a smaller --lr than"
+                     f" {args.lr:g}. The last checkpoint is as it was")
+            bar.set_postfix(loss=f"{recent:.4f}")
+        if look is not None and step in milestones and RANK == 0:
+            run["snapshots"][step] = look().cpu()
+            rows = [(f"step {k}", images) for k, images in run["snapshots"].items()]
+            draw_table(path.with_name("training.png"), rows)
+        if due and RANK == 0:
+            saved = time.monotonic()
+            run.update(step=step, seconds=before + saved - began, losses=losses[:step].cpu(),
+                       net=net.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict())
+            save(run, path)
+
+def leave_torchrun():
+    """After training, the first of torchrun's processes goes on alone."""
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+    if RANK > 0:
+        sys.exit()
+
+@torch.no_grad()
+def sample(args, s, image_shape, theta_of, n, show=True):
+    """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
+
+    They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
+    frames are kept that the figures need: {t: (x_t, x̂_0)}, as uint8.
+    -> uint8 (n, C, H, W), frames"""
+    torch.manual_seed(args.seed)
+    portion = 50 if args.device == "cpu" else 500
+    options = {"variance": args.variance} if args.sampler == "ddpm" else {}
+    steps, images, frames = args.sampling_steps, [], {}
+    kept = {round((1 - share) * (steps - 1)) for share in [*np.linspace(0, 1, 25), 0.95, 0.98]}
+    for first in range(0, n, portion):
+        last = min(first + portion, n)
+        theta, short = subchain(in_bfloat16(theta_of(first, last), args), s, steps)
+        noise = torch.randn(last - first, *image_shape, device=s.beta.device)
+        chain = SAMPLERS[args.sampler](theta, short, noise, clip=args.clip, **options)
+        bar = tqdm(chain, f"sampling, {last} of {n}", steps, leave=False, disable=not show)
+        for i, x, x0_hat in bar:
+            if first == 0 and i in kept:
+                frames[round(i * s.T / steps)] = to_uint8(x[:16]).cpu(), to_uint8(x0_hat[:16]).cpu()
+        images.append(to_uint8(x))
+    return torch.cat(images), frames
+
+# --------------------------------------------------------------------------------------- figures
 
 # Copied from ddpm_ho_2020.py
-def draw_rows(path, rows, columns=()):
-    """Images as a table. rows: pairs of a label and images, uint8 (n, C, H, W); columns: labels on top.
-        kept = [(name, np.load(f"runs/schedule-{name}/samples.npz")["arr_0"][:16]) for name in SCHEDULES]
-        draw_rows("trained.png", [(name, torch.tensor(x).permute(0, 3, 1, 2)) for name, x in kept])"""
-    x = torch.stack([images.cpu() for _, images in rows])
-    x = F.pad(x, (1, 1, 1, 1), value=255)  # (rows, n, C, H + 2, W + 2)
-    R, n, C, H, W = x.shape
-    table = x.permute(0, 3, 1, 4, 2).reshape(R * H, n * W, C).expand(-1, -1, 3)
-    ax = Figure((1.5 + 0.7 * n, 0.4 + 0.75 * R * H / W), layout="constrained").subplots()
-    ax.imshow(table.numpy(), interpolation="nearest")
+def table_of(rows):
+    """Rows of n images, uint8 (n, C, H, W), as one picture with white lines between them."""
+    images = torch.cat([images.cpu() for _, images in rows])
+    grid = make_grid(images, nrow=len(rows[0][1]), padding=1, pad_value=255)
+    return grid.permute(1, 2, 0).numpy()
+
+def draw_table(path, rows, columns=()):
+    """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top"""
+    table, n = table_of(rows), len(rows[0][1])
+    H, W = table.shape[0] / len(rows), table.shape[1] / n
+    figure = Figure((1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(table, interpolation="nearest")
     ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
-    ax.set_yticks([(i + 0.5) * H for i in range(R)], [label for label, _ in rows])
+    ax.set_yticks([(i + 0.5) * H for i in range(len(rows))], [label for label, _ in rows])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
-    ax.figure.savefig(path, dpi=100, bbox_inches="tight")
-
-# Only here: the paper's trade-off.
-def draw_tradeoff(path, sweeps, metrics):
-    """Fréchet distance and label accuracy over w for sweeps {kind: [{"w", ...}]}; dotted: of real images."""
-    figure = Figure((9, 3.6), layout="constrained")
-    panels = ("frechet", "frechet_floor", "Fréchet distance"), \
-             ("label_accuracy", "label_accuracy_real", "label accuracy")
-    for ax, (name, of_real, ylabel) in zip(figure.subplots(1, 2), panels):
-        for kind, sweep in sweeps.items():
-            w, value = [row["w"] for row in sweep], [row[name] for row in sweep]
-            ax.plot(w, value, "o-", label=f"guidance: {kind}")
-        ax.axhline(metrics[of_real], color="gray", linestyle=":", label="real images")
-        ax.set(xlabel="w", ylabel=ylabel)
-        ax.legend()
     figure.savefig(path, dpi=100)
+    return figure
 
-# ------------------------------------------------------------------------------------------------------- main
+def draw_film(path, frames, n, columns=()):
+    """Save the reverse process of n images, x_t above x̂_0, as a looping GIF; its end as PNG."""
+    moments = [frames[t] for t in sorted(frames, reverse=True)]
+    rows = [[("x_t", xt[:n]), ("x̂_0", x0_hat[:n])] for xt, x0_hat in moments]
+    figure = draw_table(path.with_suffix(".png"), rows[-1], columns)
+    picture = figure.axes[0].images[0]
+    order = [*range(len(rows)), *[len(rows) - 1] * 20]  # the end stands still for a while
+    film = FuncAnimation(figure, lambda i: picture.set_data(table_of(rows[i])), order)
+    film.save(path, "pillow", fps=10, dpi=100)
+
+def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
+    """Save a curve.  -> figure"""
+    figure = Figure((6, 4), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(x, y)
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+    figure.savefig(path, dpi=100)
+    return figure
+
+def draw_loss(path, losses):
+    """Save the curve of the loss: the mean of each hundredth of the run.  -> figure"""
+    means = [part.mean().item() for part in losses.chunk(100)]
+    steps = np.linspace(0, len(losses), len(means) + 1)[1:]
+    return draw_curve(path, steps, means, "step", "loss", "log")
+
+# Not copied: the paper's trade-off, and its Fig. 2.
+def draw_tradeoff(path, sweeps, metrics):
+    """Save distance and label accuracy over w, and the distance over the classifier score (Figs. 4,
+    5).
+
+    sweeps: {kind of guidance: [{"w": ..., "frechet": ...}, ...]}.  Dotted: real images."""
+    figure = Figure((11, 3.4), layout="constrained")
+    panels = [("w", "frechet", "Fréchet distance"), ("w", "label_accuracy", "label accuracy"),
+              ("classifier_score", "frechet", "Fréchet distance")]
+    for ax, (x, name, ylabel) in zip(figure.subplots(1, 3), panels):
+        for kind, rows in sweeps.items():
+            ax.plot([row[x] for row in rows], [row[name] for row in rows], "o-", label=kind)
+        of_real = {"frechet": "frechet_floor", "label_accuracy": "label_accuracy_real"}[name]
+        ax.axhline(metrics[of_real], color="gray", linestyle=":", label="real images")
+        ax.set(xlabel=x.replace("_", " "), ylabel=ylabel)
+    ax.legend()
+    figure.savefig(path, dpi=100)
+    return figure
+
+@torch.no_grad()
+def draw_gaussians(path, weights=(0, 1, 3), n=3000):
+    """Save Fig. 2: samples of three Gaussians, from exact scores, guided by each weight.  -> figure
+
+        python -c "import ddpm_conditional_cfg as cfg; cfg.draw_gaussians('gaussians.png')" """
+    torch.manual_seed(0)
+    s = make_schedule("cosine", 200)
+    angles = torch.tensor([90.0, 210.0, 330.0]).deg2rad()
+    means = torch.stack([angles.cos(), angles.sin()], 1)
+    y, noise = torch.arange(n) % 3, torch.randn(n, 2)
+    eps_theta = gaussians_eps_theta(s, means, variance=0.2)
+    figure = Figure((3 * len(weights), 3.5), layout="constrained")
+    for ax, w in zip(figure.subplots(1, len(weights), sharex=True, sharey=True), weights):
+        x = last_image(ddpm_sample(guided(eps_theta, y, 3, w), s, noise, "beta_tilde", clip=False))
+        ax.scatter(*x.T, s=2, c=y, cmap="brg")
+        ax.set(title=f"w = {w}", aspect="equal")
+    figure.savefig(path, dpi=110)
+    return figure
+
+# ----------------------------------------------------------------------------- presets and flags
 
 # Copied from ddpm_ho_2020.py
-SMALL = dict(blocks=1, dropout=0.0, flip=False, lr=2e-3, decay_lr=True, warmup=200, ema=0.998,
-             schedule="cosine", sampling_steps=100, variance="beta_tilde")
-PRESETS = {  # what differs from the flags' defaults, which are the paper's for CIFAR-10
-    "digits": SMALL | dict(channels=32, multipliers=[1, 2], attention=[4], steps=1700, sampling_steps=50),
-    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64, lr=4e-3),
-    "cifar10": {},
-    "cars": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[8], steps=4000, batch=64, flip=True,
-                         image_size=[32, 32]),
+PAPER = dict(  # Ho et al. 2020's training on CIFAR-10
+    T=1000, schedule="linear", predict="eps", loss="simple",
+    channels=128, multipliers=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
+    time_embedding=True,
+    steps=800_000, batch=128, lr=2e-4,
+    decay_lr=False,  # whether the learning rate falls to 0
+    warmup=5000,  # steps until the learning rate is reached (from the authors' code)
+    ema=0.9999,
+    flip=True,  # whether half of the images are mirrored
+    sampler="ddpm", sampling_steps=1000, variance="beta", clip=True,
+    num_samples=1000)  # the paper draws 50,000
+SMALL = PAPER | dict(  # what a laptop can train
+    schedule="cosine", blocks=1, dropout=0.0, lr=2e-3, decay_lr=True, warmup=200, ema=0.998,
+    flip=False, sampling_steps=100, variance="beta_tilde")
+CARS = SMALL | dict(
+    predict="x0", channels=16, multipliers=[1, 2, 4, 8], attention=[8], batch=32, steps=7000,
+    ema=0.999, flip=True)
+PRESETS = {  # each data set's own, and more for --preset
+    "digits": SMALL | dict(channels=32, multipliers=[1, 2], attention=[4], steps=1700,
+                           sampling_steps=50),
+    "mnist": SMALL | dict(channels=16, multipliers=[1, 2, 4], attention=[7], steps=7000, batch=64,
+                          lr=4e-3),
+    "cifar10": SMALL | dict(channels=32, multipliers=[1, 2, 2], attention=[8], steps=8000, batch=64,
+                            flip=True),
+    "cars": CARS,
+    "folder": CARS | dict(flip=False),  # mirrored letters or digits would be wrong
+    "cars-long": CARS | dict(steps=28_000),
+    "paper": PAPER,
 }
-ON_CUDA = PRESETS | {
-    "mnist": PRESETS["mnist"] | dict(channels=32, multipliers=[1, 2, 3], steps=20_000, lr=2e-3),
-    "cars": dict(channels=64, multipliers=[1, 2, 3, 4], steps=100_000, batch=64, sampling_steps=250),
-}
+QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10)
+SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # of images that are not scaled
+OF_A_CALL = {"checkpoint", "resume", "out", "device", "data_dir", "evaluate", "experiments",
+             "quick", "bf16"}
+OF_SAMPLING = {"sampler", "sampling_steps", "variance", "num_samples", "guidance", "w", "t_max",
+               "classes"}
 
-# Only here: what --quick makes small, and what a checkpoint keeps.
-QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=5, image_size=[32, 32])
-PARTS = {"script", "config", "image_shape", "names", "step", "seconds", "losses", "ema"}  # of a checkpoint
-ONCE = "checkpoint resume out device bf16 quick num_samples classes w compile".split()  # not kept in it
-SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
-KINDS = ["free", "classifier", "both"]
-
-# Copied from ddpm_ho_2020.py
-def between(low, high=1e38, kind=float):
-    """argparse's type for numbers from low to high, as --T and --lr are."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
-    return parse
-
-def image_size(text):
-    """64 -> [64, 64], 48x64 -> [48, 64]: height, width."""
-    sides = [between(1, kind=int)(side) for side in text.split("x")]
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text} is not a size, as 64 or 48x64")
-    return [sides[0], sides[-1]]
-
-def open_device(name):
-    """The device called name, once it has done an addition: a card that is not there, or for which this torch
-    has no kernels, ends the run here."""
-    try:
-        device = torch.device(name)
-        torch.zeros(2, device=device).add(1).sum().item()
-    except (RuntimeError, AssertionError) as e:
-        if "kernel image" in str(e):
-            e = "too old a card for this torch: pip install 'torch<2.8' 'torchvision<0.23'"
-        fail(f"--device {name}: {str(e).split('. ')[0]}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-def fast_in_bfloat16(device):
-    """Whether the device computes faster in bfloat16: GPUs since 2020, CPUs with instructions for it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        able = torch.cpu.get_capabilities()
-        return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    return False
+class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the defaults in force, where there are any, and the examples line by line."""
+    def _get_help_string(self, action):
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 def add_flags(p):
-    """The flags of both image scripts; their defaults are the paper's."""
-    yes_no, count, fraction = argparse.BooleanOptionalAction, between(1, kind=int), between(0, 1)
+    """The flags of both image scripts. Their defaults come from a preset or a checkpoint."""
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes have a GPU each
-    p.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or a folder of images")
-    p.add_argument("--data-dir", default="data", help="the folder that holds MNIST, CIFAR-10 or cars")
-    p.add_argument("--image-size", type=image_size, default=[64, 64], help="of cars, folders: 64 or 48x64")
-    p.add_argument("--labels", choices=["body", "model"], default="body", help="of cars: 9 types, or 196")
-    p.add_argument("--out", help="folder for all that is written; runs at the same time need one each")
-    p.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of weights, batches, samples")
-    p.add_argument("--device", default=device, help="cpu, cuda, cuda:1, mps")
-    p.add_argument("--bf16", action=yes_no, help="compute in bfloat16; default: where it is faster")
-    p.add_argument("--quick", action="store_true", help="the whole way in seconds, to see that it works")
-    start = p.add_mutually_exclusive_group()
-    start.add_argument("--checkpoint", help="sample from this file instead of training; needs no other flag")
-    start.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    p.add_argument("--T", type=between(2, kind=int), default=1000, help="diffusion steps (paper: 1000)")
-    p.add_argument("--schedule", choices=SCHEDULES, default="linear", help="noise schedule (paper: linear)")
-    p.add_argument("--steps", type=count, default=800_000, help="training steps (paper: 800000)")
-    p.add_argument("--batch", type=count, default=128, help="images per training step (paper: 128)")
-    p.add_argument("--lr", type=between(1e-12), default=2e-4, help="Adam's learning rate (paper: 2e-4)")
-    p.add_argument("--decay-lr", action=yes_no, default=False, help="to 0 over the --steps (paper: no)")
-    p.add_argument("--warmup", type=count, default=5000, help="steps to the full --lr (authors' code: 5000)")
-    p.add_argument("--ema", type=fraction, default=0.9999, help="decay of the moving average (paper: 0.9999)")
-    p.add_argument("--flip", action=yes_no, default=True, help="random horizontal flips (paper: yes)")
-    p.add_argument("--channels", type=count, default=128, help="of the first level (authors' code: 128)")
-    p.add_argument("--multipliers", type=count, nargs="+", default=[1, 2, 2, 2], help="(authors': 1 2 2 2)")
-    p.add_argument("--blocks", type=count, default=2, help="residual blocks per level (paper: 2)")
-    p.add_argument("--attention", type=count, nargs="*", default=[16], help="sizes that have it (paper: 16)")
-    p.add_argument("--dropout", type=fraction, default=0.1, help="in the residual blocks (paper: 0.1)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(paper: ddpm)")
-    p.add_argument("--sampling-steps", type=count, default=1000, help="of the sampler, at most T (paper: T)")
-    p.add_argument("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2 of ddpm")
-    p.add_argument("--clip", action=yes_no, default=True, help="clip x0_hat to [-1, 1] (authors' code: yes)")
-    p.add_argument("--num-samples", type=count, default=1000, help="(paper: 50000); 64 with --checkpoint")
+    g = p.add_argument_group("the run")
+    g.add_argument("--out", help="the folder to make for the results (default: a new one in runs/)")
+    g.add_argument("--resume", metavar="FOLDER", help="go on with the training in this folder")
+    g.add_argument("--checkpoint", metavar="FILE", help="draw from this file; needs no other flag")
+    g.add_argument("--evaluate", action="store_true", help="--checkpoint: compare with real images")
+    g.add_argument("--quick", action="store_true", help="everything once, in seconds; draws noise")
+    g.add_argument("--seed", type=int, default=0, help="of the weights, batches and samples")
+    g.add_argument("--device", default=device, help="cpu, cuda, cuda:1 or mps")
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or the path"
+                   " of a folder of images, in which each folder is a class")
+    g.add_argument("--data-dir", default="data", help="where MNIST, CIFAR-10 and cars are")
+    g.add_argument("--image-size", type=int, help="scale cars, or your images, to such squares")
+    g = p.add_argument_group("network")
+    g.add_argument("--channels", type=int, help="channels at full size; twice as many learn more,"
+                   " and take three times as long")
+    g.add_argument("--multipliers", type=int, nargs="+", help="one level for each number, half as"
+                   " large as the one before, with this many times the channels")
+    g = p.add_argument_group("training")
+    g.add_argument("--preset", choices=PRESETS, help="settings of another data set or paper")
+    g.add_argument("--T", type=int, help="number of diffusion steps (paper: 1000)")
+    g.add_argument("--schedule", choices=SCHEDULES, help="how fast noise is added (paper: linear)")
+    g.add_argument("--steps", type=int, help="training steps; epochs = steps x batch / images")
+    g.add_argument("--batch", type=int, help="images in a training step")
+    g.add_argument("--lr", type=float, help="learning rate; smaller if the loss is not finite")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of them?")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--sampler", choices=SAMPLERS, help="ddpm: Algorithm 2; ddim: without noise")
+    g.add_argument("--sampling-steps", type=int, help="steps from noise to image, at most T")
+    g.add_argument("--num-samples", type=int, help="images to draw")
+    return g
 
 def read_flags(p, argv):
-    """Flags, over the config in a checkpoint or else the dataset's preset, over the flags' defaults."""
+    """The flags: what was typed, over the settings of a checkpoint or a preset.  -> Namespace"""
     p.error = fail  # one line instead of the whole usage
     argv = sys.argv[1:] if argv is None else argv
-    unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))  # every flag as None
-    given = p.parse_args([word for word in argv if word not in ("-h", "--help")], unset)
-    dataset = given.dataset or "digits"
-    suffix = "-quick" if given.quick else ""
-    out = f"runs/{Path(__file__).stem}-{Path(dataset).resolve().name}{suffix}"
-    device = open_device(given.device or p.get_default("device"))
-    if given.checkpoint:
-        defaults = load_checkpoint(given.checkpoint)["config"] | {"num_samples": 64}
-        dataset = given.dataset or defaults["dataset"]
-        out = f"runs/{Path(__file__).stem}-{Path(dataset).resolve().name}-samples"
-    elif given.resume:
-        defaults = load_checkpoint(Path(given.out or out, "checkpoint.pt"))["config"]
+    words = [word for word in argv if word not in ("-h", "--help")]
+    unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))
+    parsed = vars(p.parse_args(words, unset))
+    typed = {name: value for name, value in parsed.items() if value is not None}
+    for name, value in typed.items():
+        least = 0 if name == "seed" else 1
+        if value == "" or (isinstance(value, int) and value is not False and value < least):
+            fail(f"--{name.replace('_', '-')} {value!r}: it must not be empty or less than {least}")
+    dataset = typed.get("dataset", "digits")
+    if "checkpoint" in typed or "resume" in typed:
+        defaults = settings_of(typed)
     else:
-        presets = ON_CUDA if device.type == "cuda" else PRESETS
-        defaults = presets.get(dataset, presets["cars"]).copy()
-        if given.quick:
-            defaults |= QUICK
-        steps = given.steps or defaults.get("steps", p.get_default("steps"))
-        warmup = defaults.get("warmup", p.get_default("warmup"))
-        defaults["warmup"] = min(warmup, max(1, steps // 10))  # made for the preset's own steps
-        if dataset not in PRESETS and not Path(dataset).is_dir():
-            fail(f"--dataset {dataset} is neither one of {', '.join(PRESETS)} nor a folder")
-    for name in ("T", "schedule", "predict", "time_embedding"):  # the weights hold for these alone
-        asked, trained = getattr(given, name, None), defaults.get(name)
-        if (given.checkpoint or given.resume) and asked not in (None, trained):
-            flag = name.replace("_", "-")
-            fail(f"--{flag} {asked}: the checkpoint's is {trained}; for fewer steps, --sampling-steps")
-    p.set_defaults(**{"out": out, "bf16": fast_in_bfloat16(device)} | defaults)
+        built_in = dataset in SIZES or dataset == "cars"
+        if not built_in and not Path(dataset).is_dir():
+            fail(f"--dataset {dataset}: no such folder, and not digits, mnist, cifar10 or cars")
+        if dataset in SIZES and "image_size" in typed:
+            fail(f"--image-size: {dataset} has images of {SIZES[dataset]} pixels, and keeps them")
+        preset = typed.get("preset", dataset if built_in else "folder")
+        defaults = PRESETS[preset] | {"image_size": SIZES.get(dataset, 64)}
+        if "quick" in typed:
+            defaults |= QUICK | {"image_size": SIZES.get(dataset, 32)}
+    defaults["sampling_steps"] = min(defaults["sampling_steps"], typed.get("T", defaults["T"]))
+    p.set_defaults(**defaults)
     args = p.parse_args(argv)
-    if given.attention is None:  # the preset's sizes, where the levels of this network have them
-        side = {"digits": 8, "mnist": 28, "cifar10": 32}.get(args.dataset, min(args.image_size))
-        sizes = [side // 2 ** level for level in range(len(args.multipliers))]
+
+    sizes = [args.image_size // 2 ** level for level in range(len(args.multipliers))]
+    if "attention" not in typed:
         args.attention = [size for size in args.attention if size in sizes]
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.channels % 4 or args.batch % world:
-        fail(f"--channels must be a multiple of 4, --batch of {world}, the number of processes")
+    if args.sampling_steps > args.T:
+        fail(f"--sampling-steps {args.sampling_steps}: there are only {args.T} steps")
+    if args.batch % WORLD:
+        fail(f"--batch {args.batch} cannot be shared evenly by {WORLD} processes")
+    try:
+        torch.zeros(1, device=args.device).sum().item()  # is the device there?
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {args.device}: {str(e).splitlines()[0]}")
+    try:
+        with torch.device("meta"):  # do the sizes fit each other? this network takes no memory
+            UNet((3, args.image_size, args.image_size), args.channels, args.multipliers,
+                 args.blocks, args.attention)
+    except ValueError as e:
+        fail(e)
+    # bfloat16 has 8 bits, which cannot tell μ̃_t from x_t.
+    args.bf16 = fast_in_bfloat16(args.device) and args.predict != "mu"
     return args
 
-def announce(args, net, run, real):
-    """Two lines that say what a run is about to do, then its folder; for torchrun, by the first process."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    images = f"{args.dataset}, {'x'.join(str(n) for n in run['image_shape'])}"
-    plan = f"weights after {run['step']} steps"
-    if real is not None:
-        (x, _), (held_out, _), names = real
-        images += f": {len(x)} images of {len(names)} classes, {len(held_out)} held out"
-        if not args.checkpoint:
-            epochs = args.steps * args.batch / len(x)
-            plan = f"{args.steps} steps of {args.batch} ({epochs:.1f} epochs), learning rate {args.lr:g}"
-    params = sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    precision = "bfloat16" if args.bf16 else "float32"
-    print(f"{images}; {params:.2f} M parameters, {args.device}, {precision}")
-    print(f"{plan}; {args.num_samples} samples by {args.sampler} in {min(args.sampling_steps, args.T)} steps;"
-          f" results go to {args.out}", flush=True)
-    if not args.resume:
-        make_folder(Path(args.out))
+def settings_of(typed):
+    """A checkpoint's settings. Of those, --resume and --checkpoint may change only what the trained
+    network does not depend on."""
+    if "checkpoint" in typed:
+        path, free = typed["checkpoint"], OF_A_CALL | OF_SAMPLING | {"seed"}
+    else:
+        path = Path(typed["resume"], "checkpoint.pt")
+        free = OF_A_CALL | OF_SAMPLING | {"steps", "lr"}
+    run = load_checkpoint(path)
+    config = PAPER | run["config"] | {"image_size": run["image_shape"][-1]}
+    for name in typed.keys() - free:
+        if typed[name] != config.get(name):
+            flag = name.replace("_", "-")
+            fail(f"--{flag} {typed[name]}: {path} was trained with {config.get(name)}")
+    if "resume" in typed and {"checkpoint", "out", "quick"} & typed.keys():
+        fail("--resume goes on in the run's own folder, without --checkpoint, --out and --quick")
+    if "resume" in typed and not run.get("net"):
+        fail(f"{path} holds weights to draw from (--checkpoint), not a training to go on with")
+    config = {name: value for name, value in config.items() if name not in OF_A_CALL}
+    if "checkpoint" in typed:
+        config |= {"num_samples": 64, "seed": 0}
+    return config
 
-def finish(args, run, net, metrics, begin):
-    """Keep and print the numbers, say what was written and how to go on.  -> the numbers"""
-    out, losses = Path(args.out), run["losses"]
-    metrics = {"script": run["script"], "dataset": args.dataset, "seed": args.seed, "device": args.device,
+# ------------------------------------------------------------------------------------------ main
+
+# Copied from ddpm_ho_2020.py
+def open_run(args):
+    """The data, or None where drawing needs none; and the run, new or from its checkpoint."""
+    if WORLD > 1:
+        torch.distributed.init_process_group()
+    data = None
+    if not args.checkpoint or args.evaluate:
+        data = load_data(args)
+    if args.checkpoint or args.resume:
+        run = load_checkpoint(args.checkpoint or Path(args.resume, "checkpoint.pt"))
+    else:
+        config = {name: value for name, value in vars(args).items() if name not in OF_A_CALL}
+        run = {"script": SCRIPT, "config": config, "image_shape": list(data.images.shape[1:]),
+               "names": data.names, "step": 0, "seconds": 0.0, "losses": torch.zeros(0),
+               "snapshots": {}}
+    if data is not None and run["names"] != data.names:
+        names = ", ".join(run["names"])[:200]
+        fail(f"{args.dataset} has other classes than the checkpoint, which has {names}")
+    return data, run
+
+def open_folder(args, run, data):
+    """Find or make the run's folder, and say in one line what is about to run.  -> Path"""
+    default = f"runs/{SCRIPT}-{Path(args.dataset).resolve().name}"
+    if args.quick:
+        default += "-quick"
+    if args.checkpoint:
+        default += "-samples"
+    if RANK > 0:  # only the first of torchrun's processes writes
+        return Path(default)
+    args.out = args.resume or str(claim_folder(args.out, default))
+    what = f"{args.dataset}, {'x'.join(str(n) for n in run['image_shape'])}"
+    if data is not None:
+        counts = data.labels.bincount(minlength=len(data.names)).tolist()
+        classes = [f"{name} {n}" for name, n in zip(data.names, counts)]
+        what += f": {len(data.images)} images, by class: {', '.join(classes[:15])}"
+    if args.flip and not args.checkpoint:
+        what += ", half of them mirrored"
+    params = sum(weight.numel() for weight in run["ema"].values()) / 1e6
+    print(f"{what}; {params:.2f} M parameters, on {args.device}; results in {args.out}", flush=True)
+    return Path(args.out)
+
+def finish(args, run, measured, lines):
+    """Write metrics.json, print the numbers and what to type next. The last line names the picture.
+
+    This comes before any picture is drawn, so that no number is lost if one fails."""
+    metrics = {"script": SCRIPT, "dataset": args.dataset, "seed": args.seed, "device": args.device,
                "torch": torch.__version__, "steps": run["step"],
-               "params": sum(parameter.numel() for parameter in net.parameters()),
-               "loss": losses[-max(1, len(losses) // 20):].mean().item(), "seconds_train": run["seconds"],
-               "images_per_second": run["step"] * run["config"]["batch"] / run["seconds"], **metrics,
-               "seconds_total": time.time() - begin, "config": vars(args)}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            print(f"{name:<28}{value:.4f}")
-        elif not isinstance(value, (dict, list)):
-            print(f"{name:<28}{value}")
-    print(f"in {out}:", *sorted(path.name for path in out.iterdir()))
+               "params": sum(weight.numel() for weight in run["ema"].values()), **measured}
     if not args.checkpoint:
-        print(f"to draw more: python {run['script']}.py --checkpoint {out / 'checkpoint.pt'}")
-        steps = args.steps if run["step"] < args.steps else 2 * run["step"]
-        print(f"to go on: python {run['script']}.py --resume --out {out} --steps {steps}")
+        last = max(1, len(run["losses"]) // 20)
+        metrics |= {"loss": run["losses"][-last:].mean().item(), "seconds_train": run["seconds"]}
+    metrics["config"] = {name: value for name, value in vars(args).items() if value is not None}
+    text = json.dumps(metrics, indent=1, ensure_ascii=False)
+    Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
+    for line in lines.strip().splitlines():
+        try:
+            print(line.format(**metrics))
+        except KeyError:  # a number that this run does not have
+            continue
+    if args.quick:
+        print("--quick trains for seconds only: its samples are still noise")
+    if not args.checkpoint:
+        print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
+        print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")
+    print(f"look at:    {args.out}/samples.png")
     return metrics
 
 def run_from_shell():
-    """main(get_args()); what a user can cause is told in one line, in whatever encoding the console has."""
-    sys.stdout.reconfigure(errors="replace")
-    sys.stderr.reconfigure(errors="replace")
+    """main(get_args()), with one line and exit status 2 for what a user can cause."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams lack it
+            stream.reconfigure(errors="replace")  # an old console cannot print ᾱ
+    args = get_args()
     try:
-        main(get_args())
+        main(args)
     except KeyboardInterrupt:
-        fail("stopped by Ctrl-C")
+        path = Path(args.out or "", "checkpoint.pt")
+        if args.checkpoint or not path.is_file():
+            fail("stopped by Ctrl-C, before a checkpoint: the first is written after a minute")
+        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
+             f" the last checkpoint: python {SCRIPT}.py --checkpoint {path}")
     except OSError as e:  # no space left, no permission
         fail(e)
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e):
-            fail("out of memory: a smaller --batch or --num-samples needs less")
-        raise
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        fail(f"out of memory: take a smaller --batch (now {args.batch}), --num-samples"
+             f" ({args.num_samples}) or --image-size ({args.image_size})")
 
-# Only here: the flags of guidance, and the run.
-def label_list(text):
-    """3,7 -> [3, 7]"""
-    return [int(label) for label in text.split(",")]
+# Not copied: the flags of guidance, and the run.
+LINES = """
+real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}
+loss {loss:.4f}, training {seconds_train:.0f} s"""
+ROW = "{kind:<12}{w:>7g}{frechet:>19.2f}{label_accuracy:>17.1%}{classifier_score:>19.2f}"
 
 def get_args(argv=None):
-    """Flags, over the config in a checkpoint or else the dataset's preset, over Ho et al. 2020's values."""
-    p = argparse.ArgumentParser(description="Ho & Salimans 2022; for --T to --num-samples the paper is Ho et "
-                                            "al. 2020. --dataset X --help shows the values for X.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags of this script.  argv: a list of words; None takes those of the command line"""
+    p = argparse.ArgumentParser(
+        description="Train a class-conditional diffusion model and guide it (Ho & Salimans 2022).",
+        epilog="examples:\n  python ddpm_conditional_cfg.py --dataset mnist\n"
+               "  python ddpm_conditional_cfg.py --dataset photos    (a folder for each class)\n"
+               "  python ddpm_conditional_cfg.py --checkpoint assets/mnist_cfg.pt --classes 3 7",
+        formatter_class=HelpFormat, allow_abbrev=False)
     add_flags(p)
-    p.add_argument("--p-uncond", type=between(0, 1), default=0.1, help="share of labels dropped (paper: 0.1)")
-    p.add_argument("--guidance", nargs="+", choices=KINDS, default=["free", "classifier"],
-                   help="by Eq. (6); by a classifier; by a classifier on top of the label")
-    p.add_argument("--w", type=between(-100, 100), nargs="+", default=[-1, 0, 0.1, 0.3, 1, 4],
-                   help="weights of Eq. (6) (paper: 0 to 4); the samples of the least |w| are kept")
-    p.add_argument("--classes", type=label_list, help="labels to draw, in equal shares, as 3,7; None: all")
-    return read_flags(p, argv)
+    g = p.add_argument_group("labels and guidance")
+    g.add_argument("--labels", choices=["body", "model"], default="body",
+                   help="the classes of cars: 9 body types, or 196 models")
+    g.add_argument("--p-uncond", type=float, default=0.1,
+                   help="share of the labels that are dropped in training (paper: 0.1)")
+    g.add_argument("--guidance", choices=["free", "classifier", "both"], nargs="+",
+                   default=["free"], help="free: by Eq. (6); classifier: by a classifier, of the"
+                   " model without a label; both: the same of the model with the label")
+    g.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.1, 0.3, 1, 4],
+                   help="weights: 0 is no guidance; more makes the class clearer and the images of"
+                        " it more alike")
+    g.add_argument("--t-max", type=int, help="guide only where t is at most this")
+    g.add_argument("--classes", nargs="+", help="names of the classes to draw (default: all)")
+    args = read_flags(p, argv)
+    if not 0 <= args.p_uncond <= 1:
+        fail(f"--p-uncond {args.p_uncond} is a share, from 0 to 1")
+    return args
 
-def possible(kind, w, p_uncond):
-    """Whether the network was shown what (kind, w) needs: ∅ if p_uncond > 0, labels if p_uncond < 1."""
-    needs_null = kind == "classifier" or (kind == "free" and w != 0)
-    needs_label = kind == "both" or (kind == "free" and w != -1)
-    return (p_uncond > 0 or not needs_null) and (p_uncond < 1 or not needs_label)
+def labels_to_draw(args, names):
+    """--num-samples labels, the --classes in turn.  -> y (N,)"""
+    if len(names) < 2:
+        fail(f"guidance needs two classes, and {args.dataset} has one: give each class a folder")
+    unknown = set(args.classes or names) - set(names)
+    if unknown:
+        fail(f"--classes {' '.join(unknown)}: the classes are {', '.join(names)[:300]}")
+    y = torch.tensor([names.index(name) for name in args.classes or names], device=args.device)
+    return y.repeat(args.num_samples)[:args.num_samples]
 
-def guide(kind, ema, classifier, s, y, K, w):
-    """The ε of --guidance kind, for the labels y."""
+def possible_draws(args, classifier_there):
+    """The (kind of guidance, w) that can be drawn. A network that has never seen ∅ (p_uncond = 0)
+    has no ε_θ(x, t, ∅), and one that has seen no label (p_uncond = 1) no ε_θ(x, t, y)."""
+    draws = []
+    for kind, w in itertools.product(args.guidance, sorted(args.w)):
+        needs_null = kind == "classifier" or (kind == "free" and w != 0)
+        needs_label = kind == "both" or (kind == "free" and w != -1)
+        if (needs_null and args.p_uncond == 0) or (needs_label and args.p_uncond == 1):
+            continue
+        if kind == "free" or classifier_there:
+            draws.append((kind, w))
+    if not draws:
+        fail(f"--guidance {' '.join(args.guidance)} --w {args.w}: none of it can be drawn from a"
+             f" network trained with --p-uncond {args.p_uncond} and with"
+             f" {'a' if classifier_there else 'no'} classifier.pt beside it")
+    return draws
+
+def guide(kind, eps_theta, classifier, s, y, K, w, t_max):
+    """The ε of one kind of guidance, for the labels y.  -> a callable of x, t"""
     if kind == "free":
-        return guided(ema, y, K, w)
-    return classifier_guided(ema, classifier, s, y, K, w, conditional=kind == "both")
+        return guided(eps_theta, y, K, w, t_max)
+    return classifier_guided(eps_theta, classifier, s, y, K, w, conditional=kind == "both")
+
+def train_network(args, run, data):
+    """Train ε_θ(x_t, t, y), or go on with it.  -> ε_θ by the averaged weights, schedule, folder"""
+    shape, K = run["image_shape"], len(data.names)
+    torch.manual_seed(args.seed)
+    net, ema, opt = start(args, make_network(vars(args), shape, data.names), run)
+    s = make_schedule(args.schedule, args.T).to(args.device)
+    eps_theta = as_eps_theta(ema, s, args.predict)
+    loss = in_bfloat16(partial(l_cfg, predict=args.predict), args)
+    out = open_folder(args, run, data)
+
+    def one_step(model, x0, y, step):
+        return cfg_train_step(model, ema, opt, s, x0, y, step, K, args.p_uncond, loss, args.ema)
+
+    def look():
+        y = torch.arange(16, device=args.device) % K
+        theta = guided(eps_theta, y, K, w=-1 if args.p_uncond == 1 else 0)
+        return sample(args, s, shape, lambda first, last: theta, 16, show=False)[0]
+
+    train(args, run, net, ema, opt, data, out / "checkpoint.pt", one_step, look)
+    return eps_theta, s, out
+
+def train_classifier(args, run, s, data, path):
+    """Train the classifier of noised images by the same settings.  -> the average"""
+    own_run = {**run, "step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
+    if path.is_file():
+        own_run = load_checkpoint(path)
+    torch.manual_seed(args.seed)
+    net = make_classifier(vars(args), run["image_shape"], data.names)
+    net, ema, opt = start(args, net, own_run)
+    loss = in_bfloat16(l_classifier, args)
+
+    def one_step(model, x0, y, step):
+        return cfg_train_step(model, ema, opt, s, x0, y, step, len(data.names), 0, loss, args.ema)
+
+    train(args, own_run, net, ema, opt, data, path, one_step)
+    return ema
+
+def compare_real(args, data, y):
+    """The judge, its features of held-out images of the classes in y, and its numbers for real
+    images with the labels y; or None, None, {} where there are too few."""
+    held = torch.isin(data.held_labels, y)
+    if args.quick or min(len(y), held.sum()) <= 64:  # fewer have no covariance of 64 features
+        return None, None, {}
+    judge = train_judge(data)
+    f_held = features_of(judge, data.held_out[held])
+    f_real = features_of(judge, real_like(data, y, args.seed))
+    right = judge[1](f_held).argmax(1) == data.held_labels[held]
+    return judge, f_held, {"frechet_floor": frechet_distance(f_real, f_held),
+                           "label_accuracy_real": right.double().mean().item()}
 
 def main(args):
-    """Train (or load), sweep over w, evaluate, draw; writes it all into args.out and returns the numbers."""
-    begin, out, path = time.time(), Path(args.out), Path(args.out, "checkpoint.pt")
-    run, real = open_run(args)
-    shape, names, K = run["image_shape"], run["names"], len(run["names"])
-    args.classes = args.classes or list(range(K))
-    if K < 2:
-        fail(f"guidance needs two classes, {args.dataset} has one: give each its folder or, for cars, put "
-             "cars_train_annos.mat and cars_meta.mat, of the set's devkit, beside the images")
-    if min(args.classes) < 0 or max(args.classes) >= K:
-        fail(f"labels must lie in 0..{K - 1}, --classes are {args.classes}")
-    if real is not None and real[2] != names:
-        fail(f"{args.dataset} has other classes than the checkpoint: {', '.join(names)[:200]}")
-    classifier_path = Path(args.checkpoint or path).with_name("classifier.pt")
-    lacking = args.checkpoint and not classifier_path.exists()
-    todo = [(kind, w) for kind in args.guidance for w in sorted(args.w)
-            if possible(kind, w, args.p_uncond) and (kind == "free" or not lacking)]
-    if len(todo) < len(args.guidance) * len(args.w):
-        print("only these can be drawn:", *todo)
-    if not todo and lacking:
-        fail(f"--guidance {' '.join(args.guidance)} needs {classifier_path}, which --resume trains")
-    if not todo:
-        fail("none of --w can be drawn: --p-uncond 0 has no ε(x, t, ∅), --p-uncond 1 no ε(x, t, y)")
-
-    classifier, guides = None, any(kind != "free" for kind, _ in todo)
-    if guides:
-        classifier_run = run | {"step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
-        if (args.checkpoint or args.resume) and classifier_path.exists():
-            classifier_run = load_checkpoint(classifier_path)
-        classifier_net, classifier = networks(lambda: make_classifier(args, shape, K), classifier_run, args)
-    net, ema = networks(lambda: make_eps_theta(args, shape, K), run, args)  # last: its seed is then in force
-    s = make_schedule(args.schedule, args.T).to(args.device)
-    announce(args, net, run, real)
-    if not args.checkpoint:
-        def look():
-            y = torch.arange(16, device=args.device) % K
-            w = -1 if args.p_uncond == 1 else 0
-            return sample([(guided(ema, y, K, w), 16)], s, args, shape, show=False)[0]
-        one_step = partial(train_step, null=K, p_uncond=args.p_uncond)
-        run = train(args, net, ema, s, *real[0], one_step, l_cfg, look, path, run)
-        if guides and run["step"] == args.steps:  # not after Ctrl-C
-            one_step = partial(train_step, null=K, p_uncond=0)
-            classifier_run = train(args, classifier_net, classifier, s, *real[0], one_step, l_classifier,
-                                   None, classifier_path, classifier_run)
+    """Train (or load), sweep over w, compare, draw; all goes into a new folder.  -> the numbers"""
+    data, run = open_run(args)
+    names, K = run["names"], len(run["names"])
+    y = labels_to_draw(args, names)
+    if args.checkpoint:
+        eps_theta, s, _, _ = load(args.checkpoint, args.device)
+        classifier = load_classifier(args.checkpoint, args.device)
+        draws = possible_draws(args, classifier is not None)
+        out = open_folder(args, run, data)
+    else:
+        draws = possible_draws(args, True)
+        eps_theta, s, out = train_network(args, run, data)
+        classifier = None
+        if any(kind != "free" for kind, _ in draws):
+            classifier = train_classifier(args, run, s, data, out / "classifier.pt")
         leave_torchrun()
-        save_weights(run, out / "weights.pt")
-    if guides and classifier_run["step"] == 0:
-        todo = [(kind, w) for kind, w in todo if kind == "free"]
-    if not todo:
-        fail("the classifier is not trained yet; --resume goes on")
+        draw_loss(out / "loss.png", run["losses"])
 
-    y = torch.tensor((args.classes * args.num_samples)[:args.num_samples], device=args.device)
-    judge, f_held, metrics = None, None, {}
-    if real is not None:
-        judge, f_held, metrics = judge_of(real, y, K, args)
-    first_kind, _ = todo[0]
-    least = min([w for kind, w in todo if kind == first_kind], key=abs)  # whose samples are kept
-    sweeps = {kind: [] for kind, _ in todo}
-    n = 2 * K if K <= 10 else 8  # columns in the figure
-    rows = [] if real is None else [("data", examples(real, y[:n]))]
-    for kind, w in todo:
-        parts, began = [], time.time()
-        for some in y.split(portions(len(y), args.device)):
-            parts.append((guide(kind, ema, classifier, s, some, K, w), len(some)))
-        images, _ = sample(parts, s, args, shape)
-        row = {"w": w, "seconds": time.time() - began}
+    rows, judge, metrics, n = [], None, {}, min(16, len(y))
+    if data is not None:
+        judge, f_held, metrics = compare_real(args, data, y)
+        rows.append(("real", real_like(data, y[:n], args.seed)))
+    if judge is not None:
+        print("guidance          w   Fréchet distance   label accuracy   classifier score")
+    sweeps = {kind: [] for kind, _ in draws}
+    kept_kind, kept_w = min(draws, key=lambda draw: (draw[0] != draws[0][0], abs(draw[1])))
+    for kind, w in draws:
+        def theta_of(first, last, kind=kind, w=w):
+            return guide(kind, eps_theta, classifier, s, y[first:last], K, w, args.t_max)
+        images, frames = sample(args, s, run["image_shape"], theta_of, len(y))
+        row = {"w": w}
         if judge is not None:
             row |= evaluate(images, y, judge, f_held)
+            print(ROW.format(kind=kind, **row))
         sweeps[kind].append(row)
         rows.append((f"{kind}, w = {w:g}", images[:n]))
-        numbers = [f"{name} {value:.4f}" for name, value in row.items() if name != "w"]
-        print(f"{kind}, w = {w:g}", *numbers, sep="   ")
-        if (kind, w) == (first_kind, least):
-            np.savez_compressed(out / "samples.npz", images.permute(0, 2, 3, 1).cpu(), y.cpu())  # N, H, W, C
-    draw_rows(out / "samples.png", rows, [textwrap.fill(names[k], 11) for k in y[:n].tolist()])
+        if (kind, w) == (kept_kind, kept_w):  # the least |w|, for samples.npz and the film
+            kept, kept_frames = images, frames
+    for kind, sweep in sweeps.items():
+        metrics["sweep" if kind == draws[0][0] else f"sweep_{kind}"] = sweep
+    metrics = finish(args, run, metrics, LINES)
+    arrays = kept.permute(0, 2, 3, 1).cpu().numpy()  # N, H, W, C, as tools for FID read it
+    np.savez_compressed(out / "samples.npz", arrays, y.cpu().numpy())
+    columns = [textwrap.fill(names[k], 11) for k in y[:n].tolist()]
+    draw_table(out / "samples.png", rows, columns)
+    draw_film(out / "reverse.gif", kept_frames, min(10, n), columns[:10])
     if judge is not None:
         draw_tradeoff(out / "tradeoff.png", sweeps, metrics)
-    metrics["sweep"] = sweeps[first_kind]
-    metrics |= {f"sweep_{kind}": sweep for kind, sweep in sweeps.items() if kind != first_kind}
-    return finish(args, run, net, metrics, begin)
+    return metrics
 
 if __name__ == "__main__":
     run_from_shell()

@@ -1,191 +1,259 @@
-"""Noise schedules, and q, the forward process of a diffusion model. Its β may be fixed or learned.
+"""Noise schedules and q, the forward process of a diffusion model.
 
-The forward process adds Gaussian noise in T small steps, or in one jump (Ho et al. 2020, Eqs. (2), (4)):
+The forward process destroys an image x_0 by adding Gaussian noise in T small steps. Step t shrinks
+the image a little and adds noise of variance β_t (Ho et al. 2020, Eq. (2)):
+
     q(x_t | x_{t-1}) = N(√(1 - β_t) x_{t-1}, β_t I),   t = 1..T
-    q(x_t | x_0)     = N(√ᾱ_t x_0, (1 - ᾱ_t) I),       α_t = 1 - β_t,  ᾱ_t = α_1 α_2 ... α_t
 
-The index is the papers' t. Tables have T + 1 entries, beta[0] = 0 and alpha_bar[0] = 1 (t = 0 is the data),
-so alpha_bar[t - 1] is right at t = 1 too. They are float64, cast at the last moment.
+The factor √(1 - β_t) keeps the size of x_t: if x_{t-1} has variance 1, so has x_t, because
+(1 - β_t) · 1 + β_t = 1. Many such steps together are again one Gaussian, so we can jump from x_0
+to any x_t at once (Ho et al. 2020, Eq. (4)):
 
-    python schedules.py           # draws every schedule and what it does to data, into runs/schedules
+    q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I),   where α_t = 1 - β_t and ᾱ_t = α_1 α_2 ... α_t
 
-Add your own: a function of T that returns beta, with @schedule above it, appears in these figures, in every
-script's --schedule and in the tests.  Shapes: B batch, ... one example (2 for a point, C, H, W for an image).
+Here too the two squared factors add up to 1. A schedule says how fast ᾱ_t falls from 1 (at t = 0,
+the data) to almost 0 (at t = T, pure noise). This file holds seven schedules and the class
+`Schedule`, which makes the tables of one. Nothing in it is learned.
+
+The index is the papers' t. Every table has T + 1 entries; beta[0] = 0 and alpha_bar[0] = 1 stand
+for the data. So alpha_bar[t - 1] is right at t = 1 too. Most other code counts t from 0 to T - 1
+and is off by one from the papers on every line. The tables are float64, cast at the last moment.
+
+    python schedules.py           # draws every schedule and what it does to data
+
+To add your own schedule, write a function of T that returns β, with @register above it. It then
+appears in the figures of this file, in every script's --schedule and in the tests.
+
+Shapes: B is the batch, and ... stands for the shape of one example, such as C, H, W.
 """
 import argparse
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-SCHEDULES = {}  # name -> function of T that gives beta: float64, (T+1,), beta[0] = 0, 0 < beta[1:] < 1
+SCHEDULES = {}  # name -> function of T that returns β: float64, (T+1,), with β_0 = 0
 
-def schedule(f):
-    """Register f(T) -> beta under its own name."""
-    SCHEDULES[f.__name__] = f
-    return f
+def register(make_beta):
+    """Put a function of T that returns β into SCHEDULES, under the function's own name."""
+    SCHEDULES[make_beta.__name__] = make_beta
+    return make_beta
 
-def from_alpha_bar(alpha_bar, largest=0.999):
-    """β_t = 1 - ᾱ_t / ᾱ_{t-1}, at most 0.999 as Nichol & Dhariwal bound it.  ᾱ_0..ᾱ_T (T+1,) -> (T+1,)"""
-    beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest)
-    return F.pad(beta, (1, 0))  # β_0 = 0
+def beta_of_alpha_bar(alpha_bar, largest=0.999):
+    """The β that leads to a given ᾱ: β_t = 1 - ᾱ_t / ᾱ_{t-1}.  ᾱ_0..ᾱ_T, (T+1,) -> β_0..β_T, (T+1,)
 
-def time(T):
-    """t/T for t = 0..T, float64, shape (T+1,)."""
+    Where ᾱ_T is 0, β_T would be 1. Then x_T would hold nothing of x_0 and x̂_0, which divides by
+    √ᾱ_T, would be infinite. So β is at most 0.999, as in Nichol & Dhariwal 2021."""
+    beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    return F.pad(beta.clamp(max=largest), (1, 0))  # puts β_0 = 0 in front
+
+def time_from_0_to_1(T):
+    """t / T for t = 0..T, float64, (T+1,)."""
     return torch.arange(T + 1, dtype=torch.float64) / T
 
-@schedule
+@register
 def linear(T):
-    """β_t evenly spaced from 1e-4 to 0.02.  Ho et al. 2020, Sec. 4, T = 1000; times 1000/T, at most 0.999."""
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # fewer steps, each of them larger
-    return F.pad(beta.clamp(max=0.999), (1, 0))  # β_0 = 0
+    """β_t evenly spaced from 1e-4 to 0.02 for T = 1000.  Ho et al. 2020, Sec. 4.
 
-@schedule
+    For another T each β is multiplied by 1000 / T. Fewer steps then take away as much in all: ᾱ_T
+    stays nearly the same, as it is about exp(-Σ β_t). Each β is at most 0.999."""
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    return F.pad(beta.clamp(max=0.999), (1, 0))
+
+@register
 def quadratic(T):
-    """√β_t evenly spaced, with the ends of linear.  One of those that Ho et al. 2020 tried, Appendix B."""
+    """√β_t evenly spaced, with the same ends as linear.  Tried by Ho et al. 2020, Appendix B."""
     beta = torch.linspace(1e-4 ** 0.5, 0.02 ** 0.5, T, dtype=torch.float64) ** 2 * 1000 / T
     return F.pad(beta.clamp(max=0.999), (1, 0))
 
-@schedule
+@register
 def constant(T):
-    """The same β at every t.  One of those that Ho et al. 2020 tried, Appendix B; their code has 0.02.
+    """The same β at every t.  Tried by Ho et al. 2020, Appendix B, whose code has β = 0.02.
 
-    Ours is about 0.01 for T = 1000, so that ᾱ_t = e^(-10 t/T) ends where linear does."""
-    return from_alpha_bar(torch.exp(-10 * time(T)))
+    Ours is about 0.01 for T = 1000, chosen so that ᾱ_T = e^-10 is about where linear ends."""
+    return beta_of_alpha_bar(torch.exp(-10 * time_from_0_to_1(T)))
 
-@schedule
+@register
 def cosine(T):
-    """ᾱ_t = f(t) / f(0),  f(t) = cos²(π/2 (t/T + 0.008) / 1.008).  Nichol & Dhariwal 2021, Eq. (17)."""
-    f = torch.cos(math.pi / 2 * (time(T) + 0.008) / 1.008) ** 2
-    return from_alpha_bar(f / f[0])
+    """ᾱ_t = f(t) / f(0),  f(t) = cos²(π/2 · (t/T + 0.008) / 1.008).
 
-@schedule
+    Nichol & Dhariwal 2021, Eq. (17).
+    Without the offset 0.008 the first β would be so small that the noise in x_1 is finer than a
+    grey level; they chose 0.008 so that √β_1 is about half of one for T = 1000."""
+    f = torch.cos(math.pi / 2 * (time_from_0_to_1(T) + 0.008) / 1.008) ** 2
+    return beta_of_alpha_bar(f / f[0])
+
+@register
 def sigmoid(T):
-    """ᾱ_t falls as a sigmoid from -3 to 3, stretched to go from 1 to 0.  Jabri et al. 2022, τ = 1."""
-    v = torch.sigmoid(6 * time(T) - 3)
-    return from_alpha_bar((v[-1] - v) / (v[-1] - v[0]))
+    """ᾱ_t falls as a sigmoid does, stretched to go from 1 to 0.  Jabri et al. 2022, τ = 1."""
+    v = torch.sigmoid(6 * time_from_0_to_1(T) - 3)
+    return beta_of_alpha_bar((v[-1] - v) / (v[-1] - v[0]))
 
-@schedule
+@register
 def geometric(T):
     """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.1.
 
-    They add noise without shrinking the data, x_0 + σ_t z. Divided by √(1 + σ_t²) the variance stays 1, and
-    ᾱ_t = 1 / (1 + σ_t²). Theirs: 0.01 .. 1 (Sec. 5), in 2020 up to 50 on CIFAR-10, for pixels in [0, 1]. On
-    [-1, 1] these would be doubled; we keep the numbers. A top of 1 would leave 0.71 of the signal."""
-    sigma = F.pad(torch.logspace(-2, math.log10(50), T, dtype=torch.float64), (1, 0))  # σ_0 = 0
-    return from_alpha_bar(1 / (1 + sigma ** 2))
+    They add noise without shrinking the data: x_0 + σ_t z. Dividing this by √(1 + σ_t²) makes it a
+    process of our kind, with ᾱ_t = 1 / (1 + σ_t²). In 2019 their σ ended at 1, which would leave
+    0.71 of the signal in x_T. The 50 is of their paper of 2020, for CIFAR-10."""
+    sigma = torch.logspace(-2, math.log10(50), T, dtype=torch.float64)
+    sigma = F.pad(sigma, (1, 0))  # σ_0 = 0
+    return beta_of_alpha_bar(1 / (1 + sigma ** 2))
 
-@schedule
+@register
 def inverse(T):
-    """β_t = 1 / (T - t + 1): ᾱ_t = 1 - t/T, the signal of bits, loses 1/T per step.  Sohl-Dickstein et al.
-    2015, Sec. 2.4.1, for binomial diffusion. There β_T = 1; here 0.999, as x̂_0 from ε divides by √ᾱ_T."""
-    return from_alpha_bar(1 - time(T))
+    """β_t = 1 / (T - t + 1), so that ᾱ_t = 1 - t/T.  Sohl-Dickstein et al. 2015, Sec. 2.4.1.
+
+    Made for bits, where ᾱ_t is the share of them that noise has not yet drawn anew: each step
+    draws the same number again, 1/T of all. There β_T = 1; here it is 0.999, see above."""
+    return beta_of_alpha_bar(1 - time_from_0_to_1(T))
 
 def extract(table, t, x):
-    """The entry of a table for each example's t, shaped to multiply x.  t (B,), or one integer for all.
-    table (T+1,) float64, x (B, ...) -> (B, 1, ..., 1) in x's type"""
+    """The table's entry for the t of each example, in a shape that multiplies x.
+
+    table (T+1,);  t (B,) integers, or one integer for all;  x (B, ...)
+    -> (B, 1, ..., 1) or (1, 1, ..., 1), in the type of x"""
     ones = [1] * (x.dim() - 1)
     return table[t].to(x.dtype).reshape(-1, *ones)
 
 class Schedule:
-    """The tables of one schedule, indexed by the paper's t, and the two distributions of q in closed form.
-
-    beta: (T+1,), beta[0] = 0, 0 < beta[1:] < 1, else ValueError. Warns if √ᾱ_T > 0.1: q then does not end in
-    N(0, I), where sampling starts (the usual cause: betas for T = 1000 with a smaller T).
+    """The tables of one schedule, indexed by the paper's t, and q in closed form.
 
         s = make_schedule("linear", 1000)
-        xt = s.q_sample(x0, t, torch.randn_like(x0))"""
+        xt = s.q_sample(x0, t, torch.randn_like(x0))
+
+    beta: (T+1,), with beta[0] = 0 and 0 < beta[t] < 1 for t = 1..T; otherwise ValueError.
+    It warns if √ᾱ_T > 0.1. Then x_T still shows the image, but sampling starts from pure noise.
+    The usual cause is a β made for T = 1000 that is used with a smaller T."""
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64)
-        if beta.dim() != 1 or len(beta) < 2 or beta[0] != 0 or not ((beta[1:] > 0) & (beta[1:] < 1)).all():
-            raise ValueError("beta must have T + 1 entries: beta[0] = 0, then 0 < beta[t] < 1 for t = 1..T")
+        if beta.dim() != 1 or len(beta) < 2 or beta[0] != 0:
+            raise ValueError("beta must have T + 1 entries, of which beta[0] = 0")
+        if not ((beta[1:] > 0) & (beta[1:] < 1)).all():
+            raise ValueError("beta[t] must lie between 0 and 1 for t = 1..T")
         self.T = len(beta) - 1
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = self.alpha.cumprod(0)
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
-        beta_tilde = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:]) * beta[1:]  # Eq. (7), t = 1..T
-        self.beta_tilde = F.pad(beta_tilde, (1, 0))  # β̃_1 = 0; the entry for t = 0 is there for the index
+
+        # Eq. (7), for t = 1..T. An entry for t = 0 is put in front of each, so that table[t] is the
+        # value at t. It is chosen so that a step "from t = 0" returns x_0 and adds no noise.
+        alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}
+        beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta[1:]
+        weight_x0 = alpha_bar_prev.sqrt() * beta[1:] / (1 - alpha_bar)
+        weight_xt = self.alpha[1:].sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        self.beta_tilde = F.pad(beta_tilde, (1, 0), value=0)
+        self.weight_x0 = F.pad(weight_x0, (1, 0), value=1)
+        self.weight_xt = F.pad(weight_xt, (1, 0), value=0)
+
         signal_left = self.alpha_bar[-1].sqrt().item()
         if signal_left > 0.1:
-            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {signal_left:.2f} of the signal, but "
-                          "samplers start from pure noise", stacklevel=2)
+            warnings.warn(f"this schedule leaves sqrt(alpha_bar[T]) = {signal_left:.2f} of the "
+                          "signal, but samplers start from pure noise", stacklevel=2)
 
     def to(self, device):
         """Move the tables. They stay float64, except on Apple's MPS, which has only float32."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        for name in ("beta", "alpha", "alpha_bar", "snr", "beta_tilde"):
-            setattr(self, name, getattr(self, name).to(dtype).to(device))
+        for name, table in vars(self).items():
+            if isinstance(table, torch.Tensor):
+                setattr(self, name, table.to(dtype).to(device))
         return self
 
     def q_sample(self, x0, t, eps):
-        """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε, a draw from q(x_t | x_0) if ε ~ N(0, I).  Eq. (4).
-        x0, eps: (B, ...);  t: (B,) integers in 0..T, or one integer for all.  -> (B, ...)"""
-        return extract(self.alpha_bar.sqrt(), t, x0) * x0 + extract((1 - self.alpha_bar).sqrt(), t, x0) * eps
+        """Noise x_0 to x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε: a draw from q(x_t | x_0), Eq. (4), if ε ~
+        N(0, I).
 
-    def posterior_coefficients(self, t, x):
-        """The two factors in μ̃_t = a_t x_0 + b_t x_t, Eq. (7), for t in 1..T.  -> (B, 1, ..., 1) each
-        a_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t),   b_t = √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)"""
-        alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}, t = 1..T
-        a = alpha_bar_prev.sqrt() * self.beta[1:] / (1 - alpha_bar)
-        b = self.alpha[1:].sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        return extract(F.pad(a, (1, 0)), t, x), extract(F.pad(b, (1, 0)), t, x)  # padded: index t is t
+        x0, eps: (B, ...);  t: (B,) integers in 0..T, or one integer for all.  -> (B, ...)"""
+        signal = extract(self.alpha_bar.sqrt(), t, x0)
+        noise = extract((1 - self.alpha_bar).sqrt(), t, x0)
+        return signal * x0 + noise * eps
+
+    def posterior_coefficients(self, xt, t):
+        """The factors a_t, b_t of μ̃_t = a_t x_0 + b_t x_t in Eq. (7), shaped to multiply x_t.
+
+        a_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t),   b_t = √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)
+        xt: (B, ...);  t: (B,) integers in 1..T, or one for all.  -> (B, 1, ..., 1) each"""
+        return extract(self.weight_x0, t, xt), extract(self.weight_xt, t, xt)
 
     def q_posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), a forward step reversed, x_0 being known.  Eqs. (6), (7).
-        x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.  -> μ̃_t (B, ...), β̃_t (B, 1, ..., 1)"""
-        a, b = self.posterior_coefficients(t, xt)
+        """One step of q reversed, with x_0 known: q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), Eq. (6).
+
+        By Bayes' rule it is q(x_t | x_{t-1}) q(x_{t-1} | x_0) up to a factor. Both are Gaussians in
+        x_{t-1}, and so is their product: the exponents are added and the square is completed. Its
+        precision 1/β̃_t is the sum of theirs, α_t/β_t + 1/(1 - ᾱ_{t-1}), and its mean μ̃_t is their
+        precision-weighted mean.
+        x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.
+        -> μ̃_t (B, ...), β̃_t (B, 1, ..., 1)"""
+        a, b = self.posterior_coefficients(xt, t)
         return a * x0 + b * xt, extract(self.beta_tilde, t, xt)
 
 def make_schedule(name, T):
-    """The schedule of SCHEDULES called name, with T steps. ValueError for another name or T < 1."""
+    """The Schedule of that name, with T steps. ValueError for an unknown name or T < 1."""
     if name not in SCHEDULES or T < 1:
-        raise ValueError(f"no schedule {name!r} with T = {T}: T starts at 1; names: {', '.join(SCHEDULES)}")
+        names = ", ".join(SCHEDULES)
+        raise ValueError(f"no schedule {name!r} with T = {T}: T starts at 1; names: {names}")
     return Schedule(SCHEDULES[name](T))
 
-# --------------------------------------------------- the first practical: what does a schedule do to data?
+# ---------------------------------------- The first practical: what does a schedule do to data?
 
-def accuracy_at(s, t, x, y, eps):
-    """1-nearest-neighbour accuracy on the last 500 digits, noised to t. The others, scaled by √ᾱ_t, are the
-    training set: the nearest is the x_0 of largest log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / (2 (1 - ᾱ_t)) + c.
-    x (N, 64), y (N,), eps (500, 64)"""
+def readable_share(s, t, x, y, eps):
+    """How readable are data noised to t? Of the last 500, the share with a neighbour of their
+    class.
+
+    The best guess for a noised x_t is the x_0 of largest q(x_t | x_0). This is the x_0 for which
+    √ᾱ_t x_0 is nearest to x_t, as log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / (2 (1 - ᾱ_t)) + constant.
+    x (N, D), y (N,), eps (500, D).  All but the last 500 are the neighbours to choose from."""
     from sklearn.neighbors import KNeighborsClassifier
     nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])
     return nearest.score(s.q_sample(x[-500:], t, eps), y[-500:])
 
 def main(args):
-    """Draw schedules.png and destruction.png, measure how long structure lives.  -> {schedule: numbers}"""
+    """Draw schedules.png and destruction.png; how long does structure last?  -> {name: numbers}"""
     from matplotlib.figure import Figure
     from sklearn.datasets import load_digits, make_swiss_roll
     from sklearn.preprocessing import scale
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"error: --out {args.out}: {e}", file=sys.stderr)
+        sys.exit(2)
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x) / 8 - 1  # grey levels 0..16 -> [-1, 1]
-    roll, _ = make_swiss_roll(2000, noise=0.02, random_state=args.seed)
-    roll = torch.tensor(scale(roll[:, [0, 2]]))  # (2000, 2), each coordinate of variance 1
+    roll, angle = make_swiss_roll(2000, noise=0.02, random_state=args.seed)
+    roll = torch.tensor(scale(roll[:, [0, 2]]))  # (2000, 2), of variance 1
+    piece = 10 * angle.argsort().argsort() // len(angle)  # ten pieces of the spiral
     torch.manual_seed(args.seed)
     eps, eps_roll = torch.randn_like(x[-500:]), torch.randn_like(roll)  # the same noise for all
 
     ts = torch.linspace(0, args.T, min(args.T, 50) + 1).round().long()
-    columns = (args.T * torch.linspace(0, 1, 6) ** 2.5).round().long()  # dense where the roll is lost
+    columns = (args.T * torch.linspace(0, 1, 6) ** 2.5).round().long()  # dense at first
     curves = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = curves.subplots(2, 2).ravel()
     pictures = Figure(figsize=(8.5, 0.72 * len(SCHEDULES)), layout="constrained")
     table = pictures.subplots(len(SCHEDULES), 12, subplot_kw=dict(xticks=[], yticks=[]))
     metrics = {}
+    print("Readable: the share of steps at which a nearest neighbour gets more than half right.")
+    print(f"{'schedule':<12}{'signal left at T':>18}{'digits readable':>18}{'roll readable':>16}")
     for name, row in zip(SCHEDULES, table):
         s = make_schedule(name, args.T)
-        accuracy = torch.tensor([accuracy_at(s, t, x, y, eps) for t in ts])
-        share = (accuracy[1:] > 0.5).double().mean().item()
-        metrics[name] = {"signal_left": s.alpha_bar[-1].sqrt().item(), "structure_share": share}
-        print(f"{name:<12} signal left at T: {metrics[name]['signal_left']:.4f}   "
-              f"share of steps with accuracy > 1/2: {share:.2f}")
+        of_digits = torch.tensor([readable_share(s, t, x, y, eps) for t in ts])
+        of_roll = torch.tensor([readable_share(s, t, roll, piece, eps_roll[-500:]) for t in ts])
+        numbers = {"signal_left": s.alpha_bar[-1].sqrt().item(),
+                   "structure_share": (of_digits[1:] > 0.5).double().mean().item(),
+                   "structure_share_roll": (of_roll[1:] > 0.5).double().mean().item()}
+        metrics[name] = numbers
+        print(f"{name:<12}{numbers['signal_left']:>18.4f}{numbers['structure_share']:>18.2f}"
+              f"{numbers['structure_share_roll']:>16.2f}")
+
         for ax, values in zip(axes, (s.beta, s.alpha_bar.sqrt(), s.snr.log())):
-            ax.plot(time(args.T)[1:].numpy(), values[1:].numpy(), label=name)
-        axes[3].plot((ts / args.T).numpy(), accuracy.numpy())
+            ax.plot(time_from_0_to_1(args.T)[1:].numpy(), values[1:].numpy(), label=name)
+        axes[3].plot((ts / args.T).numpy(), of_digits.numpy())
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for t, left, right in zip(columns, row[:6], row[6:]):
             left.plot(*s.q_sample(roll, t, eps_roll).T.numpy(), "k.", ms=1.2, mew=0)
@@ -193,7 +261,8 @@ def main(args):
             digit = s.q_sample(x[:1], t, eps[:1]).reshape(8, 8)
             right.imshow(digit.numpy(), cmap="gray", vmin=-1, vmax=1)
 
-    for ax, title in zip(axes, ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")):
+    titles = ("β", "√ᾱ, the signal left", "log SNR", "accuracy on noised digits")
+    for ax, title in zip(axes, titles):
         ax.set(title=title, xlabel="t/T")
     axes[0].set_yscale("log")
     curves.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -203,21 +272,20 @@ def main(args):
     pictures.savefig(f"{args.out}/destruction.png", dpi=150)
     text = json.dumps({"config": vars(args), **metrics}, indent=1)
     Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
+    print(f"The figures are {args.out}/schedules.png and {args.out}/destruction.png")
     return metrics
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description="Draw every noise schedule and what it does to data.")
+    p = argparse.ArgumentParser(description="Draw every noise schedule and what it does to data.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                allow_abbrev=False)
     p.error = lambda message: p.exit(2, f"error: {message}\n")  # a user's mistake in one line
-    p.add_argument("--T", type=int, default=1000, help="diffusion steps, at least 2 (Ho et al. 2020: 1000)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--T", type=int, default=1000, help="number of diffusion steps, at least 2")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise")
     p.add_argument("--out", default="runs/schedules", help="folder for the figures")
     args = p.parse_args(argv)
-    if args.T < 2 or not 0 <= args.seed < 2 ** 32:
-        p.error("--T must be at least 2, --seed from 0 to 4294967295")
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        p.error(f"--out {args.out}: {e}")
+    if args.T < 2 or not 0 <= args.seed < 2 ** 32 or not args.out:
+        p.error("--T must be at least 2, --seed from 0 to 4294967295, and --out a folder")
     return args
 
 if __name__ == "__main__":
