@@ -10,7 +10,8 @@ direction, by a weight w, gives clearer images of the class, and less variety am
     python ddpm_conditional_cfg.py --checkpoint assets/mnist_cfg.pt --w 2 --classes 7    # sevens
 
 Expect the paper's trade-off: as w grows, a classifier recognises more of the samples as the class
-that was asked for, and their distance from real images grows.
+that was asked for. Their distance from real images may fall a little at a small w (the paper's best
+FID is at w = 0.1 and 0.3) and grows from there on.
 
 Why Eq. (6). By Bayes' rule p(y | x_t) is proportional to p(x_t | y) / p(x_t), so
 
@@ -19,10 +20,12 @@ Why Eq. (6). By Bayes' rule p(y | x_t) is proportional to p(x_t | y) / p(x_t), s
 A classifier's gradient is the difference of two scores, and a network that predicts noise knows
 both: ∇ log p(x_t | y) = -ε_θ(x_t, t, y) / √(1 - ᾱ_t). Adding w times that gradient to the score of
 p(x_t | y) gives Eq. (6), ε̃ = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅), where ∅ stands for "no
-label". One then samples, at each t, as if from p(x_t | y) p(y | x_t)^w. The power prefers images of
-which the class is certain: w = 1 squares the classifier's probability against w = 0. Images that
-are typical of the class gain and unusual ones are lost. That is why guidance trades variety for
-fidelity.
+label". At each t this is the score of p(x_t | y) p(y | x_t)^w. The power prefers images of which
+the class is certain: w = 1 squares the classifier's probability against w = 0. Images that could be
+of another class are lost, and what is left lies farther from the other classes (the paper's Fig.
+2). That is why guidance trades variety for fidelity. All this holds only roughly. No forward
+process has these distributions, so sampling does not end in p(x | y) p(y | x)^w, but moves still
+farther out; and the difference of two learned ε_θ need not be the gradient of any classifier.
 
 How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
 for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of
@@ -32,12 +35,12 @@ The paper's notation. It writes z_λ for x_t, with λ = log(ᾱ_t / (1 - ᾱ_t))
 ᾱ_t, σ_λ² for 1 - ᾱ_t, and c for y. Our letters are those of DDPM (Ho, Jain & Abbeel 2020).
 
 Differs from the paper:
-  - T steps by the cosine schedule; the paper draws λ in continuous time, from a form of it.
+  - T steps by the cosine schedule; the paper draws λ in continuous time, from such a schedule.
   - Small networks and data, as in ddpm_ho_2020.py, where the settings are explained.
   - No FID or Inception Score, which need a downloaded network. The Fréchet distance and the score
     exp E KL are taken from a small classifier that is trained here. Compare them across w, and with
     the distance of real images.
-  - σ_t² = β̃_t, where the paper interpolates between β̃_t and β_t (v = 0.3, 0.2).
+  - σ_t² = β̃_t; the paper takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
   - Also drawn: w = -1, which is the unconditional model, and classifier guidance of an
     unconditional model (--guidance classifier). Sec. 3.1 guides a conditional one (--guidance
     both).
@@ -67,8 +70,8 @@ def drop_labels(y, null, p_uncond):
 def l_cfg(net, s, x0, t, eps, y, predict="eps"):
     """E |ε - ε_θ(x_t, t, y)|², per dimension, where some of the y are ∅.  Algorithm 1.  -> ()
 
-    x0 (B, C, H, W) in [-1, 1];  t (B,) in 1..T;  eps like x0, from N(0, I);  y (B,) in 0..K, K is
-    ∅. predict="x0": the network predicts x_0 instead (DDPM Sec. 3.2), and the target is x_0."""
+    x0 (B, C, H, W) in [-1, 1];  t (B,) in 1..T;  eps like x0, from N(0, I);  y (B,) in 0..K (K: ∅)
+    predict="x0": the network predicts x_0 instead (DDPM Sec. 3.2), and the target is x_0."""
     target = {"eps": eps, "x0": x0}[predict]
     return F.mse_loss(net(s.q_sample(x0, t, eps), t, y), target)
 
@@ -115,9 +118,11 @@ def guided(eps_theta, y, null, w, t_max=None):
     w = 0 is the conditional model and w = -1 the unconditional one; these need one evaluation of
     the network and not two. Much other code has a "guidance scale", which is our 1 + w.
 
-    t_max: guide only where t ≤ t_max, and use w = 0 before. This is not the paper's but
-    Kynkäänniemi et al. 2024: in the noisiest steps guidance drives all samples of a class to the
-    same image. eps_theta: any callable of x, t, y;  y (B,) in 0..null-1, else ValueError
+    t_max: guide only where t ≤ t_max, and use w = 0 at larger t. This is not the paper's but one
+    half of Kynkäänniemi et al. 2024, who also stop guiding at small t: in the noisiest steps
+    guidance drives all samples of a class to the same image. For few steps guide first, then take
+    the subchain; so t_max is a t of the long chain.
+    eps_theta: any callable of x, t, y;  y (B,) in 0..null-1, else ValueError
     -> a callable of x, t, for any sampler"""
     if y.min() < 0 or y.max() >= null:  # on CUDA an embedding fails without a useful message
         raise ValueError(f"labels must lie in 0..{null - 1}, not {y.min()}..{y.max()}")
@@ -149,11 +154,10 @@ def class_scores(log_p, y):
     kl = (p * (log_p - p.mean(0).log())).sum(1).mean()
     return kl.exp().item(), (log_p.argmax(1) == y).double().mean().item()
 
-# ------------------------------------------ Fig. 2: guidance where every score is known exactly
+# -------------------------- in the manner of Fig. 2: guidance where every score is known exactly
 
 def gaussians_eps_theta(s, means, variance):
-    """The exact ε_θ(x, t, y) for data of K classes, each a Gaussian N(m_y, variance I) in the
-    plane.
+    """The exact ε_θ(x, t, y) for K equally likely classes, each N(m_y, variance I) in the plane.
 
     x_t given y is N(√ᾱ_t m_y, v_t I) with v_t = ᾱ_t variance + 1 - ᾱ_t, and without a label a
     mixture of these. The score of a mixture is the mean of its parts' scores, weighted by p(y |
@@ -183,6 +187,10 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
     model without a label: ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t). As ∇ log p(y | x_t)
     is what the label adds, the two and Eq. (6) are the same if all are exact. In practice the
     paper, like Dhariwal & Nichol, finds the conditional one better.
+
+        classifier = NoisyClassifier(10, (1, 28, 28), 16, (1, 2, 2), attention=(7,)).to(device)
+        y = torch.full((16,), 7, device=device)
+        eps_hat = classifier_guided(ema, classifier, s, y, null=10, w=1)
 
     In ddim_sample this is Dhariwal & Nichol's Algorithm 2. In ddpm_sample, unclipped, it shifts μ_θ
     by w β_t / √α_t ∇ log p(y | x_t). Their Algorithm 1 shifts it by w Σ ∇ log p, which for σ_t² =
@@ -248,6 +256,7 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two.
+    The presets take "beta_tilde", as they sample in few steps.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -257,15 +266,16 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
 @torch.no_grad()
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
-    """Algorithm 2: from noise x_T to an image x_0. The numbers on the right are the lines there.
+    """DDPM's Algorithm 2: from noise x_T to an image x_0. The numbers on the right are its lines.
 
+        eps_theta = ema  # with labels: eps_theta = guided(ema, y, null, w)
         noise = torch.randn(16, 1, 28, 28, device=device)
-        x0 = last_image(ddpm_sample(ema, s, noise))  # 16 images in [-1, 1]
+        x0 = last_image(ddpm_sample(eps_theta, s, noise))  # 16 images in [-1, 1]
 
     This is a generator, so that one can watch: nothing happens until one loops over it. After each
     step it yields t, x_t and the x̂_0 that the step was made from, for t = T-1 down to 0. The last
     x_t is x_0. start: begin at x_start instead of x_T, with x drawn from q(x_start | some x_0).
-    The samplers below yield the same."""
+    The samplers below yield the same, but always begin at x_T."""
     start = s.T if start is None else start
     for t in range(start, 0, -1):                                    # 2
         ts = torch.full((len(x),), t, device=x.device)
@@ -297,13 +307,14 @@ def ddim_sample(eps_theta, s, x, clip=True):
 def subchain(eps_theta, s, steps):
     """A shorter chain, through only `steps` of the T times.  Song, Meng & Ermon 2020, Sec. 4.2.
 
-        short_theta, short = subchain(ema, s, 50)
-        x0 = last_image(ddim_sample(short_theta, short, torch.randn(16, 1, 28, 28, device=device)))
+        short_theta, short = subchain(eps_theta, s, 50)
+        noise = torch.randn(16, 1, 28, 28, device=device)
+        x0 = last_image(ddim_sample(short_theta, short, noise))
 
     If we keep only some of x_0, ..., x_T, these too are a chain of the kind of Eq. (2): going from
-    x_r to a later x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a Schedule of
-    their own, with the same ᾱ and these larger β, and the trained network is right for it as it
-    stands. The new i = 1..steps stands for t = i T / steps, rounded.
+    a kept x_r to the next kept x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a
+    Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
+    it as it stands. The new i = 1..steps stands for t = i T / steps, rounded.
     -> the ε_θ(x, i) of the short chain, and its Schedule"""
     times = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
     alpha_bar = s.alpha_bar[times].cpu().double()
@@ -315,7 +326,9 @@ def subchain(eps_theta, s, steps):
     return short_theta, Schedule(beta).to(s.beta.device)
 
 def as_eps_theta(net, s, predict):
-    """The ε_θ of a network that predicts "eps", "x0" or "mu", for any sampler and for the bound."""
+    """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for any sampler and for the bound.
+
+    -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))
     def from_mu(xt, t, *y):
@@ -390,7 +403,7 @@ class Attention(nn.Module):
         return h + self.out(mean.transpose(1, 2).reshape(h.shape))
 
 class ResBlock(nn.Module):
-    """Two convolutions that are told t, added to their input; then attention, if asked for.
+    """The input plus what two convolutions make of it and of t; then attention, if asked for.
 
     Each convolution comes after GroupNorm and Swish (silu), the second one after dropout as well.
     The embedding of t is added between the two, the same for all pixels. Where the number of
@@ -847,7 +860,8 @@ def load(path, device="cpu"):
 
         eps_theta, s, shape, names = load("assets/mnist_cfg.pt")
         y = torch.full((16,), names.index("7"))
-        sevens = guided(*subchain(eps_theta, s, 50)[:1], y, null=len(names), w=1)"""
+        eps_tilde = guided(eps_theta, y, null=len(names), w=1)
+        sevens = last_image(ddim_sample(*subchain(eps_tilde, s, 50), torch.randn(16, *shape)))"""
     run = load_checkpoint(path)
     net = make_network(run["config"], run["image_shape"], run["names"])
     net.load_state_dict(run["ema"])
@@ -1046,7 +1060,9 @@ def draw_tradeoff(path, sweeps, metrics):
 
 @torch.no_grad()
 def draw_gaussians(path, weights=(0, 1, 3), n=3000):
-    """Save Fig. 2: samples of three Gaussians, from exact scores, guided by each weight.  -> figure
+    """Save samples of three Gaussians, from exact scores, guided by each weight.  -> figure
+
+    The paper's Fig. 2 shows the densities p(x | y) p(y | x)^w. Guided samples lie farther out.
 
         python -c "import ddpm_conditional_cfg as cfg; cfg.draw_gaussians('gaussians.png')" """
     torch.manual_seed(0)
@@ -1155,7 +1171,7 @@ def read_flags(p, argv):
     parsed = vars(p.parse_args(words, unset))
     typed = {name: value for name, value in parsed.items() if value is not None}
     for name, value in typed.items():
-        least = 0 if name == "seed" else 1
+        least = {"seed": 0, "T": 2}.get(name, 1)
         if value == "" or (isinstance(value, int) and value is not False and value < least):
             fail(f"--{name.replace('_', '-')} {value!r}: it must not be empty or less than {least}")
     dataset = typed.get("dataset", "digits")

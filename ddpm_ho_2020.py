@@ -3,20 +3,20 @@
 The idea. Take an image x_0 and mix it with noise: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε, where ε is
 standard Gaussian noise, t = 1..T says how far the mixing has gone, and ᾱ_t falls from almost 1 to
 almost 0. Train a network ε_θ(x_t, t) to say which noise was mixed in. To draw a new image, start
-from pure noise x_T, let the network predict the noise in it, take a little of that away, and
-repeat this T times.
+from pure noise x_T, let the network predict the noise in it, take a little of that away, add a
+little fresh noise, and repeat this T times.
 
     python ddpm_ho_2020.py                    # 8x8 digits, nothing to download: minutes on a CPU
     python ddpm_ho_2020.py --dataset mnist    # 28x28 digits; or cifar10, cars, a folder of yours
     python ddpm_ho_2020.py --checkpoint assets/mnist.pt    # draw from trained weights, in seconds
 
-Expect of the first command a page of samples, of which a classifier recognises 19 in 20 as digits.
+Expect of the first command a page of digits; a classifier is over 90 % sure of 19 in 20 of them.
 
-Differs from the paper (each preset lists its numbers beside the paper's, see PRESETS):
-  - Digits, MNIST and cars use smaller networks, shorter training and a learning rate that falls to
-    0, the cosine schedule, σ_t² = β̃_t, and fewer sampling steps than T. --preset paper is the
-    paper's training.
-  - The cars' network predicts x_0 instead of ε. As in the paper's Sec. 3.2, ε follows from x_0.
+Differs from the paper:
+  - Every preset but "paper" has a smaller network, shorter training and a learning rate that falls
+    to 0, the cosine schedule, σ_t² = β̃_t, and fewer sampling steps than T. That of CIFAR-10 too.
+    PRESETS, below, has the numbers beside the paper's.
+  - The cars' network predicts x_0; ε follows by Eq. (4). Sec. 3.2 names this and found it worse.
   - There is no FID, whose network has to be downloaded. The Fréchet distance is taken in the
     features of a small classifier that is trained here. Compare it with that of real images, which
     is printed beside it, and with other runs on the same data, never with a paper's FID.
@@ -53,10 +53,12 @@ def to_uint8(x):
 def l_simple(net, s, x0, t, eps):
     """How well does the network predict the noise? L_simple = E |ε - ε_θ(x_t, t)|², Eq. (14).
 
-    The bound on the likelihood, Eq. (12), weighs each t by β_t² / (2 σ_t² α_t (1 - ᾱ_t)). This
-    weight is largest at small t, where the image is nearly clean and there is little to learn.
-    L_simple leaves it out, so that the network spends its effort on the noisier, harder t. That is
-    no longer the bound, but it gave the paper its best images (Table 2).
+    It comes from the bound on the likelihood. By Eq. (11), μ̃_t and μ_θ differ only in the noise,
+    by β_t / (√(1 - ᾱ_t) √α_t) times ε - ε_θ. So the term |μ̃_t - μ_θ|² / (2 σ_t²) of Eq. (8) is
+    |ε - ε_θ|² with the weight β_t² / (2 σ_t² α_t (1 - ᾱ_t)). That is Eq. (12). With the linear
+    schedule the weight is largest at small t, where the image is nearly clean and there is little
+    to learn. L_simple leaves it out, so that the network spends its effort on the noisier, harder
+    t. That is no longer the bound, but it gave the paper its best images (Table 2).
 
     net: ε_θ;  x0 (B, C, H, W) in [-1, 1];  t (B,) integers in 1..T;  eps like x0, from N(0, I)
     -> (), the mean over the batch and over the dimensions of x"""
@@ -70,14 +72,14 @@ def train_step(net, ema, opt, s, x0, step, loss=l_simple, decay=0.9999):
         ema = copy.deepcopy(net).eval()
         opt = torch.optim.Adam(net.parameters(), lr=2e-4)
         s = make_schedule("linear", 1000).to(device)
-        for step in range(1, 3):
+        for step in range(1, 3):  # thousands; do not start at 1 again in each epoch
             x0 = torch.rand(64, 1, 28, 28, device=device) * 2 - 1  # your images, from -1 to 1
             train_step(net, ema, opt, s, x0, step)
 
     ema is a copy of net whose weights are a moving average of net's (Appendix B). The weights of
     one step are noisy; their average draws better images, so one samples from ema. decay is the
-    part of the average that is kept at each step. In the first steps it is smaller, step divided by
-    step + 9, or the average would hold on to the untrained weights for long. Only parameters are
+    part of the average that is kept at each step. In the first steps it is smaller, step /
+    (step + 9), or the average would hold on to the untrained weights for long. Only parameters are
     averaged: if your network has BatchNorm, copy its buffers too.
 
     x0 (B, C, H, W) in [-1, 1];  step counts from 1.  -> the loss, ()"""
@@ -122,6 +124,7 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two.
+    The presets take "beta_tilde", as they sample in few steps.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -131,15 +134,16 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
 @torch.no_grad()
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
-    """Algorithm 2: from noise x_T to an image x_0. The numbers on the right are the lines there.
+    """DDPM's Algorithm 2: from noise x_T to an image x_0. The numbers on the right are its lines.
 
+        eps_theta = ema  # with labels: eps_theta = guided(ema, y, null, w)
         noise = torch.randn(16, 1, 28, 28, device=device)
-        x0 = last_image(ddpm_sample(ema, s, noise))  # 16 images in [-1, 1]
+        x0 = last_image(ddpm_sample(eps_theta, s, noise))  # 16 images in [-1, 1]
 
     This is a generator, so that one can watch: nothing happens until one loops over it. After each
     step it yields t, x_t and the x̂_0 that the step was made from, for t = T-1 down to 0. The last
     x_t is x_0. start: begin at x_start instead of x_T, with x drawn from q(x_start | some x_0).
-    The samplers below yield the same."""
+    The samplers below yield the same, but always begin at x_T."""
     start = s.T if start is None else start
     for t in range(start, 0, -1):                                    # 2
         ts = torch.full((len(x),), t, device=x.device)
@@ -195,7 +199,7 @@ class Attention(nn.Module):
         return h + self.out(mean.transpose(1, 2).reshape(h.shape))
 
 class ResBlock(nn.Module):
-    """Two convolutions that are told t, added to their input; then attention, if asked for.
+    """The input plus what two convolutions make of it and of t; then attention, if asked for.
 
     Each convolution comes after GroupNorm and Swish (silu), the second one after dropout as well.
     The embedding of t is added between the two, the same for all pixels. Where the number of
@@ -387,6 +391,7 @@ def interpolate(s, a, b, t, weights):
         mixed = interpolate(s, a, b, 500, [0, 0.25, 0.5, 0.75, 1])
         x0 = last_image(ddpm_sample(ema, s, mixed, start=500))
 
+    At λ = ½ the mixed noise has only √½ of the size that t stands for; the paper does the same.
     a, b (1, C, H, W), n weights λ -> (n, C, H, W)"""
     a_t = s.q_sample(a, t, torch.randn_like(a))
     b_t = s.q_sample(b, t, torch.randn_like(b))
@@ -417,19 +422,24 @@ def predict_eps(s, xt, t, x0_hat):
 def l_x0(net, s, x0, t, eps):
     """E |x_0 - net(x_t, t)|², per dimension: the network predicts the image (Sec. 3.2).  -> ()
 
-    Near t = T this is the safer choice. There ε̂ says almost nothing about the image: x_t is nearly
-    all noise, and Eq. (15) multiplies the error of ε̂ by √(1 - ᾱ_t) / √ᾱ_t. A network that predicts
-    x_0 makes no such error: where it can tell nothing, it predicts the mean of all images."""
+    The paper found it worse than ε early on. Near t = T it is safer. There ε̂ says little of the
+    image: x_t is nearly all noise, and Eq. (15) multiplies the error of ε̂ by √(1 - ᾱ_t) / √ᾱ_t. A
+    network that predicts x_0 makes no such error: where it can tell nothing, it predicts the mean
+    of all images."""
     return F.mse_loss(net(s.q_sample(x0, t, eps), t), x0)
 
 def l_mu(net, s, x0, t, eps):
-    """E |μ̃_t - net(x_t, t)|², per dimension: the network is μ_θ.  Eq. (8) without factor  -> ()"""
+    """E |μ̃_t - net(x_t, t)|², per dimension: the network is μ_θ.  -> ()
+
+    Eq. (8) without its factor. The paper found it unstable (Table 2)."""
     xt = s.q_sample(x0, t, eps)
     mu_tilde, _ = s.q_posterior(x0, xt, t)
     return F.mse_loss(net(xt, t), mu_tilde)
 
 def as_eps_theta(net, s, predict):
-    """The ε_θ of a network that predicts "eps", "x0" or "mu", for any sampler and for the bound."""
+    """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for any sampler and for the bound.
+
+    -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))
     def from_mu(xt, t, *y):
@@ -464,13 +474,14 @@ def ddim_sample(eps_theta, s, x, clip=True):
 def subchain(eps_theta, s, steps):
     """A shorter chain, through only `steps` of the T times.  Song, Meng & Ermon 2020, Sec. 4.2.
 
-        short_theta, short = subchain(ema, s, 50)
-        x0 = last_image(ddim_sample(short_theta, short, torch.randn(16, 1, 28, 28, device=device)))
+        short_theta, short = subchain(eps_theta, s, 50)
+        noise = torch.randn(16, 1, 28, 28, device=device)
+        x0 = last_image(ddim_sample(short_theta, short, noise))
 
     If we keep only some of x_0, ..., x_T, these too are a chain of the kind of Eq. (2): going from
-    x_r to a later x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a Schedule of
-    their own, with the same ᾱ and these larger β, and the trained network is right for it as it
-    stands. The new i = 1..steps stands for t = i T / steps, rounded.
+    a kept x_r to the next kept x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a
+    Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
+    it as it stands. The new i = 1..steps stands for t = i T / steps, rounded.
     -> the ε_θ(x, i) of the short chain, and its Schedule"""
     times = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
     alpha_bar = s.alpha_bar[times].cpu().double()
@@ -512,7 +523,9 @@ def langevin_sample(eps_theta, s, x, clip=True, repeats=5, step=0.2):
 def repaint_sample(eps_theta, s, x, x0, known, variance="beta", clip=True, draws=10):
     """Inpainting: fill in the unknown part of x0.  Lugmayr et al. 2022 (RePaint), Algorithm 1.
 
-        chain = repaint_sample(ema, s, torch.randn_like(x0), x0, known=torch.rand(28, 28) < 0.5)
+        short_theta, short = subchain(ema, s, 25)
+        known = torch.rand(28, 28, device=device) < 0.5
+        filled = last_image(repaint_sample(short_theta, short, torch.randn_like(x0), x0, known))
 
     In each step the known pixels come from q(x_{t-1} | x_0) and the others from p_θ(x_{t-1} | x_t).
     The two were drawn apart and do not fit each other. So a step of q leads back to x_t, where the
@@ -1165,7 +1178,7 @@ def read_flags(p, argv):
     parsed = vars(p.parse_args(words, unset))
     typed = {name: value for name, value in parsed.items() if value is not None}
     for name, value in typed.items():
-        least = 0 if name == "seed" else 1
+        least = {"seed": 0, "T": 2}.get(name, 1)
         if value == "" or (isinstance(value, int) and value is not False and value < least):
             fail(f"--{name.replace('_', '-')} {value!r}: it must not be empty or less than {least}")
     dataset = typed.get("dataset", "digits")

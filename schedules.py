@@ -11,7 +11,7 @@ to any x_t at once (Ho et al. 2020, Eq. (4)):
 
     q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I),   where α_t = 1 - β_t and ᾱ_t = α_1 α_2 ... α_t
 
-Here too the two squared factors add up to 1. A schedule says how fast ᾱ_t falls from 1 (at t = 0,
+Here too the size is kept: ᾱ_t + (1 - ᾱ_t) = 1. A schedule says how fast ᾱ_t falls from 1 (at t = 0,
 the data) to almost 0 (at t = T, pure noise). This file holds seven schedules and the class
 `Schedule`, which makes the tables of one. Nothing in it is learned.
 
@@ -46,8 +46,9 @@ def register(make_beta):
 def beta_of_alpha_bar(alpha_bar, largest=0.999):
     """The β that leads to a given ᾱ: β_t = 1 - ᾱ_t / ᾱ_{t-1}.  ᾱ_0..ᾱ_T, (T+1,) -> β_0..β_T, (T+1,)
 
-    Where ᾱ_T is 0, β_T would be 1. Then x_T would hold nothing of x_0 and x̂_0, which divides by
-    √ᾱ_T, would be infinite. So β is at most 0.999, as in Nichol & Dhariwal 2021."""
+    Where ᾱ_T is 0, β_T would be 1. Then x_T would hold nothing of x_0, and a network's guess of the
+    image, which divides by √ᾱ_T, would be infinite. So β is at most 0.999, as in Nichol & Dhariwal
+    2021."""
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
     return F.pad(beta.clamp(max=largest), (1, 0))  # puts β_0 = 0 in front
 
@@ -59,8 +60,9 @@ def time_from_0_to_1(T):
 def linear(T):
     """β_t evenly spaced from 1e-4 to 0.02 for T = 1000.  Ho et al. 2020, Sec. 4.
 
-    For another T each β is multiplied by 1000 / T. Fewer steps then take away as much in all: ᾱ_T
-    stays nearly the same, as it is about exp(-Σ β_t). Each β is at most 0.999."""
+    For another T each β is multiplied by 1000 / T, so that fewer steps take away about as much in
+    all: ᾱ_T is about exp(-Σ β_t). It is 4e-5 at T = 1000, 2e-5 at T = 100 and 4e-6 at T = 40. Each
+    β is at most 0.999."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     return F.pad(beta.clamp(max=0.999), (1, 0))
 
@@ -72,7 +74,7 @@ def quadratic(T):
 
 @register
 def constant(T):
-    """The same β at every t.  Tried by Ho et al. 2020, Appendix B, whose code has β = 0.02.
+    """The same β at every t.  Tried by Ho et al. 2020, Appendix B; the authors' code has β = 0.02.
 
     Ours is about 0.01 for T = 1000, chosen so that ᾱ_T = e^-10 is about where linear ends."""
     return beta_of_alpha_bar(torch.exp(-10 * time_from_0_to_1(T)))
@@ -82,8 +84,8 @@ def cosine(T):
     """ᾱ_t = f(t) / f(0),  f(t) = cos²(π/2 · (t/T + 0.008) / 1.008).
 
     Nichol & Dhariwal 2021, Eq. (17).
-    Without the offset 0.008 the first β would be so small that the noise in x_1 is finer than a
-    grey level; they chose 0.008 so that √β_1 is about half of one for T = 1000."""
+    Without the offset 0.008 the first β would be so small that the noise in x_1 is far finer than a
+    grey level. They chose it so that √β_1 is slightly smaller than one, 1/127.5, for T = 1000."""
     f = torch.cos(math.pi / 2 * (time_from_0_to_1(T) + 0.008) / 1.008) ** 2
     return beta_of_alpha_bar(f / f[0])
 
@@ -109,7 +111,8 @@ def inverse(T):
     """β_t = 1 / (T - t + 1), so that ᾱ_t = 1 - t/T.  Sohl-Dickstein et al. 2015, Sec. 2.4.1.
 
     Made for bits, where ᾱ_t is the share of them that noise has not yet drawn anew: each step
-    draws the same number again, 1/T of all. There β_T = 1; here it is 0.999, see above."""
+    erases the same share, 1/T, of the original bits. There β_T = 1; here it is 0.999, because of
+    beta_of_alpha_bar."""
     return beta_of_alpha_bar(1 - time_from_0_to_1(T))
 
 def extract(table, t, x):
@@ -117,6 +120,8 @@ def extract(table, t, x):
 
     table (T+1,);  t (B,) integers, or one integer for all;  x (B, ...)
     -> (B, 1, ..., 1) or (1, 1, ..., 1), in the type of x"""
+    if not x.is_floating_point():
+        raise TypeError(f"x is of type {x.dtype}: make it float, with images in [-1, 1]")
     ones = [1] * (x.dim() - 1)
     return table[t].to(x.dtype).reshape(-1, *ones)
 
@@ -142,8 +147,8 @@ class Schedule:
         self.alpha_bar = self.alpha.cumprod(0)
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
 
-        # Eq. (7), for t = 1..T. An entry for t = 0 is put in front of each, so that table[t] is the
-        # value at t. It is chosen so that a step "from t = 0" returns x_0 and adds no noise.
+        # Ho et al. 2020, Eq. (7), for t = 1..T. An entry for t = 0 is put in front of each, so that
+        # table[t] is the value at t. A step with t = 0 leaves x_0 as it is and adds no noise.
         alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}
         beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta[1:]
         weight_x0 = alpha_bar_prev.sqrt() * beta[1:] / (1 - alpha_bar)
@@ -166,28 +171,29 @@ class Schedule:
         return self
 
     def q_sample(self, x0, t, eps):
-        """Noise x_0 to x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε: a draw from q(x_t | x_0), Eq. (4), if ε ~
-        N(0, I).
+        """Noise x_0 to x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε.  Ho et al. 2020, Eq. (4)
 
+        With ε ~ N(0, I) this is a draw from q(x_t | x_0).
         x0, eps: (B, ...);  t: (B,) integers in 0..T, or one integer for all.  -> (B, ...)"""
         signal = extract(self.alpha_bar.sqrt(), t, x0)
         noise = extract((1 - self.alpha_bar).sqrt(), t, x0)
         return signal * x0 + noise * eps
 
     def posterior_coefficients(self, xt, t):
-        """The factors a_t, b_t of μ̃_t = a_t x_0 + b_t x_t in Eq. (7), shaped to multiply x_t.
+        """The factors of μ̃_t = a_t x_0 + b_t x_t, shaped to multiply x_t.  Ho et al. 2020, Eq. (7)
 
         a_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t),   b_t = √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)
         xt: (B, ...);  t: (B,) integers in 1..T, or one for all.  -> (B, 1, ..., 1) each"""
         return extract(self.weight_x0, t, xt), extract(self.weight_xt, t, xt)
 
     def q_posterior(self, x0, xt, t):
-        """One step of q reversed, with x_0 known: q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), Eq. (6).
+        """One step of q reversed, with x_0 known: q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I).
 
-        By Bayes' rule it is q(x_t | x_{t-1}) q(x_{t-1} | x_0) up to a factor. Both are Gaussians in
-        x_{t-1}, and so is their product: the exponents are added and the square is completed. Its
-        precision 1/β̃_t is the sum of theirs, α_t/β_t + 1/(1 - ᾱ_{t-1}), and its mean μ̃_t is their
-        precision-weighted mean.
+        Ho et al. 2020, Eqs. (6), (7). By Bayes' rule it is q(x_t | x_{t-1}) q(x_{t-1} | x_0) up to
+        a factor. Both are Gaussians in x_{t-1}, and so is their product: the exponents are added
+        and the square is completed. Its precision is the sum of theirs,
+        1/β̃_t = α_t/β_t + 1/(1 - ᾱ_{t-1}), and its mean is their mean, weighted by precision:
+        μ̃_t = β̃_t (√α_t x_t / β_t + √ᾱ_{t-1} x_0 / (1 - ᾱ_{t-1})), which is Eq. (7).
         x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.
         -> μ̃_t (B, ...), β̃_t (B, 1, ..., 1)"""
         a, b = self.posterior_coefficients(xt, t)
@@ -203,8 +209,8 @@ def make_schedule(name, T):
 # ---------------------------------------- The first practical: what does a schedule do to data?
 
 def readable_share(s, t, x, y, eps):
-    """How readable are data noised to t? Of the last 500, the share with a neighbour of their
-    class.
+    """How readable are data noised to t? Of the last 500, the share whose nearest neighbour is of
+    their class.  x: 8x8 digits or points of the Swiss roll;  y: their classes
 
     The best guess for a noised x_t is the x_0 of largest q(x_t | x_0). This is the x_0 for which
     √ᾱ_t x_0 is nearest to x_t, as log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / (2 (1 - ᾱ_t)) + constant.

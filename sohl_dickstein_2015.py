@@ -12,8 +12,18 @@ Training maximises K, a lower bound on the mean log-likelihood E log p(x_0) of t
         + H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
 E is the mean over data x_0 and over x_t drawn from q(x_t | x_0). H_q(X_t|X_0) is the entropy of
-q(x_t | x_0) and H_p(X_T) is that of π. Given x_0 and x_t, every term has a closed form. The sum
-starts at t = 2 because the last step p(x_0 | x_1) is not learned; `reverse` says why.
+q(x_t | x_0) and H_p(X_T) is that of π. Given x_0 and x_t, every term has a closed form.
+
+Where it comes from. By Jensen's inequality, log p(x_0) is at least
+E_q log p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). This is the mean of log π(x_T) and of the sum
+over t of log p(x_{t-1} | x_t) / q(x_t | x_{t-1}). By Bayes' rule, for t ≥ 2,
+
+    q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) · q(x_t | x_0) / q(x_{t-1} | x_0)
+
+The first factor makes the KL of each step. Of the others, when their logarithms are added up, all
+cancel but the entropies of the last and of the first step. The sum starts at t = 2 because the
+last step p(x_0 | x_1) is not learned; `reverse` says why. DDPM's bound, its Eq. (5), is the same
+quantity with the opposite sign.
 
 Eq. (14) assumes that E log π(x_t) is the same for every t. This is why the Swiss roll is
 standardised: each coordinate has mean 0 and variance 1, as under π, and x_t keeps both at every t.
@@ -27,7 +37,7 @@ Expect a K of about 2.6 bits on the roll after some minutes on one CPU core. No 
 there, the ceiling. The heartbeat's K comes within 0.05 bits of its ceiling, log2(1/5).
 
 Differs from the paper, most important first:
-  - Our networks predict moments of x_0 given x_t, and p follows by q. The paper's predict p itself.
+  - Our networks predict moments of x_0 given x_t; p is computed from them. The paper's predict p.
   - Ours get ᾱ_t as an input. The paper's have a readout layer for each t.
   - Our covariance f_sigma is a full matrix. The paper's is diagonal, kept below 1 by a sigmoid.
   - The roll's network is an MLP with sines of x_t. The paper's has radial basis functions.
@@ -98,7 +108,11 @@ def binomial_q(x0, alpha_bar):
 def gaussian_posterior(s, xt, t, x0):
     """q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I), which p has to match in Eq. (14).
 
-    μ̃_t = a_t x_0 + b_t x_t. The formulas of a_t, b_t and β̃_t are in schedules.py.
+    μ̃_t = a_t x_0 + b_t x_t, by Ho et al. 2020, Eq. (7), which schedules.py derives:
+
+        a_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t),   b_t = √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t),
+        β̃_t = (1 - ᾱ_{t-1}) / (1 - ᾱ_t) β_t
+
     xt, x0 (B, D);  t (B,) in 2..T.  -> B distributions"""
     mu_tilde, beta_tilde = s.q_posterior(x0, xt, t)
     return isotropic(mu_tilde, beta_tilde)
@@ -130,12 +144,13 @@ def gaussian_p(s, xt, t, moments):
 def log_likelihood_ratio(xt, alpha_bar):
     """log q(x_t | x_0 = 1) - log q(x_t | x_0 = 0) for each bit: how much x_t speaks for x_0 = 1.
 
-    With α_t in place of ᾱ_t it says the same of x_{t-1}.  xt (B, D), alpha_bar (B, 1) -> (B, D)"""
+    With α_t in place of ᾱ_t it is log q(x_t | x_{t-1} = 1) - log q(x_t | x_{t-1} = 0).
+    xt (B, D), alpha_bar (B, 1) -> (B, D)"""
     rate_if_0 = (1 - alpha_bar) * RHO  # q(x_t = 1 | x_0 = 0)
     rate_if_1 = rate_if_0 + alpha_bar  # q(x_t = 1 | x_0 = 1)
-    ratio_of_a_1 = (rate_if_1 / rate_if_0).log()
-    ratio_of_a_0 = ((1 - rate_if_1) / (1 - rate_if_0)).log()
-    return torch.where(xt == 1, ratio_of_a_1, ratio_of_a_0)
+    ratio_if_xt_is_1 = (rate_if_1 / rate_if_0).log()
+    ratio_if_xt_is_0 = ((1 - rate_if_1) / (1 - rate_if_0)).log()
+    return torch.where(xt == 1, ratio_if_xt_is_1, ratio_if_xt_is_0)
 
 def binomial_posterior(s, xt, t, x0):
     """q(x_{t-1} | x_t, x_0) for bits: by Bayes' rule, q(x_{t-1} | x_0) times q(x_t | x_{t-1}).
@@ -181,6 +196,7 @@ def reverse(kind, s, net, x, modify=lambda p: p):
     E log π(x_0) - E log π(x_1) to K, and this is 0 where E log π(x_t) is the same for every t.
 
     x (B, D);  modify: a function of p that returns what to draw from; `times_r` is one"""
+    x = x.double()
     for step in range(s.T, 1, -1):
         t = torch.full((len(x),), step, device=x.device)
         p = kind.p(s, x, t, net(x, extract(s.alpha_bar, t, x)))
@@ -199,7 +215,8 @@ def end_of(chain):
 # -------------------------------------------------------------------------------------------------
 
 def kl_and_entropies(kind, s, net, x0, t):
-    """The parts of K for each example, in bits: the KL of step t at one x_t ~ q(x_t | x_0), and
+    """The parts of K for each example, in bits: the KL of step t at one x_t ~ q(x_t | x_0), and the
+    entropies of Eq. (14),
 
         H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
@@ -262,9 +279,10 @@ def train_step(kind, net, opt, x0):
         opt = torch.optim.Adam(net.parameters(), 4e-3)
         for step in range(6000):
             K = train_step(GAUSSIAN, net, opt, x0)  # x0 (B, 2): a new batch, standardised
+        s = learned_schedule(net.beta_logits.detach())  # the β that were learned, for `reverse`
 
     Raises FloatingPointError, and leaves net as it was, if K or its gradient is not finite.
-    x0 (B, D), of any floating type.  -> K in bits, ()"""
+    x0 (B, D), of any floating type.  -> K in bits, (); the larger the better, it is not a loss"""
     x0 = x0.double()
     s = learned_schedule(net.beta_logits)
     t = torch.randint(2, s.T + 1, (len(x0),), device=x0.device)
@@ -309,9 +327,10 @@ def times_r(p, y, precision):
         xT = modify(prior(GAUSSIAN, x0)).sample()  # π is multiplied by r too, Eq. (16)
         x0 = end_of(reverse(GAUSSIAN, s, net, xT, modify))
 
-    Eq. (23) is a choice. The r that leads to the exact posterior is E[r(x_0) | x_t], which becomes
-    broader as t grows, because x_t then says less about x_0. `given` takes that one.
-    p: B Gaussians;  y, precision (D,).  -> B Gaussians"""
+    The product is exact, as Sec. 2.5.3 allows; Table App.1 moves only the mean, to first order.
+    Eq. (23) is a choice. The paper also names r(x_0)^((T - t) / T). The r that leads to the exact
+    posterior is E[r(x_0) | x_t], which becomes broader as t grows, because x_t then says less about
+    x_0. `given` takes that one. p: B Gaussians;  y, precision (D,).  -> B Gaussians"""
     mean, C = multiply_by_r(p.mean, p.covariance_matrix, y, precision)
     return MultivariateNormal(mean, C, validate_args=False)
 
@@ -371,6 +390,8 @@ def entropy_of_step(kind, s, net, x0, t):
 
 def start_beta(schedule, T):
     """β_1..β_T to start from: those of a schedule or, for "learned", with evenly spaced log-SNR.
+
+    "learned" names only this start; that β then learns is RollNet's argument learned=True.
 
     The signal-to-noise ratio is SNR = ᾱ / (1 - ᾱ). Its log falls from 16 to -6. At 16 the noise in
     x_1 has variance e^-16 = 1e-7, far below that of the roll's own noise, 1e-5. At -6 only
@@ -454,9 +475,9 @@ def score_of_x0_hat(x0_hat, xt, alpha_bar):
 def moments_of_mixture(m, v, xt, alpha_bar):
     """The exact mean and covariance of x_0 given x_t, if x_0 is from one of n Gaussians at random.
 
-    The j-th is N(m_j, diag(v)). Given x_t and j, x_0 has mean a m_j + b x_t and variance a v, where
+    The j-th is N(m_j, diag(v)). Given x_t and j, x_0 has mean c m_j + d x_t and variance c v, where
 
-        a = (1 - ᾱ_t) / u,   b = √ᾱ_t v / u,   u = ᾱ_t v + 1 - ᾱ_t
+        c = (1 - ᾱ_t) / u,   d = √ᾱ_t v / u,   u = ᾱ_t v + 1 - ᾱ_t
 
     These are averaged over j with the weights p(j | x_t) ∝ N(x_t; √ᾱ_t m_j, diag(u)). By the law of
     total variance, the covariance of the means is added to the average of the variances.
@@ -472,10 +493,10 @@ def moments_of_mixture(m, v, xt, alpha_bar):
     products = m[:, :, None] * m[:, None]  # m_j m_jᵀ, (n, D, D)
     mean_of_products = (w @ products.flatten(1)).unflatten(1, products.shape[1:])
     covariance_m = mean_of_products - mean_m[:, :, None] * mean_m[:, None]
-    a = (1 - alpha_bar) / u
-    b = alpha_bar.sqrt() * v / u
-    S = a[:, :, None] * covariance_m * a[:, None] + torch.diag_embed(a * v)
-    return a * mean_m + b * xt, S
+    c = (1 - alpha_bar) / u
+    d = alpha_bar.sqrt() * v / u
+    S = c[:, :, None] * covariance_m * c[:, None] + torch.diag_embed(c * v)
+    return c * mean_m + d * xt, S
 
 def rates_of_sequences(sequences, xt, alpha_bar):
     """The exact P(x_0 = 1 | x_t) for each bit, if x_0 is one of n sequences, all equally likely.
