@@ -620,8 +620,9 @@ def load_torchvision(dataset, data_dir):
             train, test = [kind(data_dir, part, download=True) for part in (True, False)]
     except Exception as e:  # no network, no room, or a damaged file, which can raise anything
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        fail(f"{dataset} can neither be read from {data_dir} nor downloaded: {reason} If files"
-             " of it are there, one is damaged: delete them. (--dataset digits needs no files.)")
+        place = Path(data_dir, "MNIST/raw" if dataset == "mnist" else "cifar-10-batches-py")
+        fail(f"{dataset} can neither be read from {place} nor downloaded ({reason}). If files are"
+             " there, one is damaged or missing. --dataset digits needs no files")
     x, x_held = torch.as_tensor(train.data), torch.as_tensor(test.data)
     if dataset == "mnist":
         x, x_held = x[:, None], x_held[:, None]  # (N, 1, H, W)
@@ -646,7 +647,7 @@ def list_folder(folder):
     Hidden files and links to folders are left out.  -> [(path, class, None)]"""
     listing, left_out = [], Counter()
     for top, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        folders[:] = [name for name in folders if name != "runs" and not name.startswith(HIDDEN)]
         inside = Path(top).relative_to(folder).parts
         classname = inside[0] if inside else Path(folder).resolve().name
         for path in [Path(top, name) for name in names if not name.startswith(HIDDEN)]:
@@ -675,7 +676,8 @@ def list_cars(data_dir, labels):
     folder = next((root / place for place in places if any((root / place).glob("*.jpg"))), None)
     where = "github.com/pytorch/vision/issues/7545 says where to get"
     if folder is None:
-        fail(f"no Stanford Cars in {data_dir}: {where} them; put stanford_cars or cars_train there")
+        fail(f"no Stanford Cars in {data_dir}: {where} them; put stanford_cars or cars_train there."
+             " Any folder of images can be named instead: --dataset FOLDER")
     mats = {path.name: path for path in root.rglob("cars_*.mat")}
     if not {"cars_train_annos.mat", "cars_meta.mat"} <= mats.keys():
         print("cars without cars_train_annos.mat and cars_meta.mat are one class, and not cropped;"
@@ -691,7 +693,9 @@ def list_cars(data_dir, labels):
         model = str(models[int(image["class"]) - 1])  # classes count from 1, and pixels too
         left, top, right, bottom = [int(image[f"bbox_{side}"]) for side in ("x1", "y1", "x2", "y2")]
         name = body_of(model) if labels == "body" else model
-        listing.append((folder / str(image["fname"]), name, (left - 1, top - 1, right, bottom)))
+        path = folder / str(image["fname"])
+        if path.is_file():
+            listing.append((path, name, (left - 1, top - 1, right, bottom)))
     return listing
 
 def read_image(path, box, size):
@@ -811,7 +815,8 @@ def save(state, path):
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk by a RuntimeError
-        fail(f"{path} could not be written, and is as it was: {e}")
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        fail(f"{path} could not be written, and is as it was (is the disk full?): {e}")
 
 def load_checkpoint(path):
     """What save has written. Ends the run if it is missing, damaged or another script's."""
@@ -1120,10 +1125,26 @@ PRESETS = {  # each data set's own, and more for --preset
 }
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10)
 SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # of images that are not scaled
-OF_A_CALL = {"checkpoint", "resume", "out", "device", "data_dir", "evaluate", "experiments",
-             "quick", "bf16"}
+OF_A_CALL = {"checkpoint", "resume", "out", "device", "evaluate", "experiments", "quick", "bf16"}
 OF_SAMPLING = {"sampler", "sampling_steps", "variance", "num_samples", "guidance", "w", "t_max",
                "classes"}
+
+def data_set(text):
+    """argparse's type for --dataset. A folder's whole path is kept, so that any place can
+    resume."""
+    if text and text not in PRESETS and Path(text).is_dir():
+        return str(Path(text).resolve())
+    return text
+
+def makes_sense(name, value):
+    """Whether a typed value can be meant: names are not empty (as an unset variable's is), numbers
+    are finite, and counts start at 1."""
+    if isinstance(value, str):
+        return value.strip() != ""
+    if isinstance(value, float):
+        return math.isfinite(value) and (name != "lr" or value > 0)
+    least = {"seed": 0, "T": 2}.get(name, 1)
+    return isinstance(value, bool) or least <= value < 2 ** 32
 
 class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help with the defaults in force, where there are any, and the examples line by line."""
@@ -1146,8 +1167,8 @@ def add_flags(p):
     g.add_argument("--seed", type=int, default=0, help="of the weights, batches and samples")
     g.add_argument("--device", default=device, help="cpu, cuda, cuda:1 or mps")
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", default="digits", help="digits, mnist, cifar10, cars, or the path"
-                   " of a folder of images, in which each folder is a class")
+    g.add_argument("--dataset", type=data_set, default="digits", help="digits, mnist, cifar10,"
+                   " cars, or the path of a folder of images, in which each folder is a class")
     g.add_argument("--data-dir", default="data", help="where MNIST, CIFAR-10 and cars are")
     g.add_argument("--image-size", type=int, help="scale cars, or your images, to such squares")
     g = p.add_argument_group("network")
@@ -1178,9 +1199,12 @@ def read_flags(p, argv):
     parsed = vars(p.parse_args(words, unset))
     typed = {name: value for name, value in parsed.items() if value is not None}
     for name, value in typed.items():
-        least = {"seed": 0, "T": 2}.get(name, 1)
-        if value == "" or (isinstance(value, int) and value is not False and value < least):
-            fail(f"--{name.replace('_', '-')} {value!r}: it must not be empty or less than {least}")
+        values = value if isinstance(value, list) else [value]
+        if not all(makes_sense(name, item) for item in values):
+            flag = name.replace("_", "-")
+            fail(f"--{flag} {value!r}: it is empty, not finite, or too small or too large")
+    if "out" in typed and Path(typed["out"]).exists():
+        fail(f"--out {typed['out']} is there already; choose a new name, as a run makes its folder")
     dataset = typed.get("dataset", "digits")
     if "checkpoint" in typed or "resume" in typed:
         defaults = settings_of(typed)
@@ -1223,10 +1247,11 @@ def settings_of(typed):
     """A checkpoint's settings. Of those, --resume and --checkpoint may change only what the trained
     network does not depend on."""
     if "checkpoint" in typed:
-        path, free = typed["checkpoint"], OF_A_CALL | OF_SAMPLING | {"seed"}
+        path = typed["checkpoint"]
+        free = OF_A_CALL - {"quick"} | OF_SAMPLING | {"seed", "data_dir"}
     else:
         path = Path(typed["resume"], "checkpoint.pt")
-        free = OF_A_CALL | OF_SAMPLING | {"steps", "lr"}
+        free = OF_A_CALL | OF_SAMPLING | {"steps", "lr", "data_dir"}
     run = load_checkpoint(path)
     config = PAPER | run["config"] | {"image_size": run["image_shape"][-1]}
     for name in typed.keys() - free:
@@ -1239,7 +1264,9 @@ def settings_of(typed):
         fail(f"{path} holds weights to draw from (--checkpoint), not a training to go on with")
     config = {name: value for name, value in config.items() if name not in OF_A_CALL}
     if "checkpoint" in typed:
-        config |= {"num_samples": 64, "seed": 0}
+        config |= {"seed": 0, "data_dir": "data"}
+    if "checkpoint" in typed and "evaluate" not in typed:
+        config["num_samples"] = 64
     return config
 
 # ------------------------------------------------------------------------------------------ main
@@ -1258,13 +1285,16 @@ sampling                {seconds_sample:.0f} s"""
 
 def open_run(args):
     """The data, or None where drawing needs none; and the run, new or from its checkpoint."""
-    if WORLD > 1:
+    if args.checkpoint and RANK > 0:  # one process draws
+        sys.exit()
+    if WORLD > 1 and not args.checkpoint:
         torch.distributed.init_process_group()
     data = None
     if not args.checkpoint or args.evaluate:
         data = load_data(args)
     if args.checkpoint or args.resume:
         run = load_checkpoint(args.checkpoint or Path(args.resume, "checkpoint.pt"))
+        run["config"] |= {"steps": args.steps, "lr": args.lr}  # --resume may have changed them
     else:
         config = {name: value for name, value in vars(args).items() if name not in OF_A_CALL}
         run = {"script": SCRIPT, "config": config, "image_shape": list(data.images.shape[1:]),
@@ -1332,7 +1362,9 @@ def run_from_shell():
         main(args)
     except KeyboardInterrupt:
         path = Path(args.out or "", "checkpoint.pt")
-        if args.checkpoint or not path.is_file():
+        if args.checkpoint:
+            fail("stopped by Ctrl-C")
+        if not path.is_file():
             fail("stopped by Ctrl-C, before a checkpoint: the first is written after a minute")
         fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
              f" the last checkpoint: python {SCRIPT}.py --checkpoint {path}")
@@ -1401,9 +1433,13 @@ def main(args):
     samples, frames = sample(args, s, shape, lambda first, last: eps_theta, args.num_samples)
     metrics, judge = {"seconds_sample": time.monotonic() - began}, None
     if data is not None and len(data.names) > 1 and not args.quick:
-        judge = train_judge(data)
-        if min(len(samples), len(data.held_out)) > 64:  # fewer have no covariance of 64 features
+        enough = min(len(samples), len(data.held_out)) > 64  # for a covariance of 64 features
+        if enough or args.experiments:
+            judge = train_judge(data)
+        if enough:
             metrics |= evaluate(samples, judge, data, args.seed)
+        else:
+            print("no Fréchet distance: it takes more than 64 samples and held-out images")
     if args.experiments:
         metrics |= likelihood(args, eps_theta, s, data, out)
         metrics |= inpainting(args, eps_theta, s, judge, data, out)

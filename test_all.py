@@ -1230,7 +1230,7 @@ def test_pixels_that_a_library_would_clip(capsys):
     shades = torch.cat([data.images, data.held_out]).float().mean((1, 2, 3)).tolist()
     assert sorted(shades) == [100, 255]
     err = capsys.readouterr().err
-    assert all(f"skipped images/{name}" in err for name in ("1.tif", "2.tif", "4.jpg"))
+    assert all(f"/images/{name}: " in err for name in ("1.tif", "2.tif", "4.jpg"))
 
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_photographs_stand_upright(orientation):
@@ -1250,6 +1250,8 @@ def test_photographs_stand_upright(orientation):
 MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE its checkpoint
     "--T=0": "--T", "--steps=-1": "--steps", "--batch=0": "--batch", "--seed=-1": "--seed",
     "--num-samples=0": "--num-samples", "--T=x": "--T.*int", "--lr=x": "--lr.*float",
+    "--lr=nan": "--lr", "--lr=-1": "--lr", "--T=1": "--T", "--seed=4294967296": "--seed",
+    "--multipliers 1 0": "--multipliers",
     "--schedule=liner": "liner.*cosine", "--sampler=x": "--sampler.*ddim", "--bogus=1": "bogus",
     "--device=tpu": "--device tpu", "--device=cuda:7": "--device cuda:7", "--step=3": "--step=3",
     "--preset=large": "--preset.*paper", "--sampling-steps=2000": "only 1000 steps",
@@ -1262,8 +1264,8 @@ MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE
     "--dataset=empty": "only 0 of 0 images", "--dataset=images --image-size=30": "30x30",
     "--dataset=cars --data-dir=images": "no Stanford Cars in images.*7545",
     "--dataset=cars --data-dir=bad": "cars_meta.mat or cars_train_annos.mat is damaged",
-    "--dataset=mnist --data-dir=file": "mnist can neither be read from file nor downloaded",
-    "--dataset=mnist --data-dir=truncated": "mnist can neither.*one is damaged: delete",
+    "--dataset=mnist --data-dir=file": "mnist can neither be read from file/MNIST/raw nor",
+    "--dataset=mnist --data-dir=truncated": "mnist can neither.*one is damaged",
     "--dataset=mnist --image-size=32": "--image-size: mnist",
     # folders and checkpoints
     "--out=RUN": "RUN is there already", "--out=file/a": "--out file/a",
@@ -1271,10 +1273,10 @@ MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE
     "--checkpoint=file": "file is damaged", "--resume=nowhere": "nowhere/checkpoint.pt: there",
     "--checkpoint=FILE --schedule=linear": "--schedule linear.*was trained with",
     "--checkpoint=FILE --T=50": "--T 50.*was trained with",
-    "--checkpoint=FILE --dataset=images": "--dataset images.*digits",
+    "--checkpoint=FILE --dataset=images": "images: RUN/checkpoint.pt was trained with digits",
     "--checkpoint=FILE --steps=9": "--steps", "--checkpoint=FILE --channels=32": "--channels 32",
     "--resume=RUN --lr=1 --batch=7": "--batch 7", "--resume=RUN --out=b": "own folder",
-    "--resume=RUN --dataset=images": "--dataset images", "--resume=RUN --preset=mnist": "--preset"}
+    "--resume=RUN --dataset=images": "--dataset .*images", "--resume=RUN --preset=mnist": "--preset"}
 MISTAKES = {
     ddpm: MISTAKES_OF_BOTH | {
         "--w=2": "--w", "--attention=5": r"attention at \[5\].*\[8, 4\]",
@@ -1283,7 +1285,7 @@ MISTAKES = {
     cfg: MISTAKES_OF_BOTH | {
         "--p-uncond=1.5": "--p-uncond 1.5", "--classes 3 12": "--classes 12: the classes are 0, 1",
         "--guidance=x": "--guidance.*both", "--dataset=images": "guidance needs two classes",
-        "--p-uncond=0 --w 2": "none of it can be drawn", "--w=x": "--w",
+        "--p-uncond=0 --w 2": "can be drawn: p_uncond was 0", "--w=nan": "--w", "--w=x": "--w",
         "--sampler=langevin": "ddim", "--checkpoint=ASSET --guidance=both": "no classifier.pt"}}
 EVERY_MISTAKE = [(script, flags) for script, own in MISTAKES.items() for flags in own]
 
@@ -1555,6 +1557,17 @@ def test_a_run_claims_a_new_folder(no_pictures, script):
     outs = [first, *(run(script, few)["config"]["out"] for _ in range(2))]
     assert outs == [name, f"{name}-2", f"{name}-3"]
     assert all(path.read_bytes() == content for path, content in before.items())
+
+def test_a_resumed_run_remembers_what_it_was_told(no_pictures, tmp_path, monkeypatch):
+    """Its new --steps and --lr are kept, and its data are found from another folder."""
+    write_images(*(f"images/{i}.png" for i in range(5)))
+    few = "--image-size=8 --multipliers 1 --channels=4 --num-samples=2 --sampling-steps=2"
+    run(ddpm, f"--quick --dataset=images {few} --steps=2 --out=a")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    run(ddpm, "--resume=../a --steps=4 --lr=1e-4 --num-samples=2 --sampling-steps=2")
+    args = args_of(ddpm, "--resume=../a")
+    assert (args.steps, args.lr, read("../a/checkpoint.pt")["step"]) == (4, 1e-4, 4)
 
 @both
 def test_sampling_by_hand(script):
