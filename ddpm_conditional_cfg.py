@@ -18,14 +18,18 @@ Why Eq. (6). By Bayes' rule p(y | x_t) is proportional to p(x_t | y) / p(x_t), s
     ∇ log p(y | x_t) = ∇ log p(x_t | y) - ∇ log p(x_t)          (gradients are in x_t)
 
 A classifier's gradient is the difference of two scores, and a network that predicts noise knows
-both: ∇ log p(x_t | y) = -ε_θ(x_t, t, y) / √(1 - ᾱ_t). Adding w times that gradient to the score of
-p(x_t | y) gives Eq. (6), ε̃ = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅), where ∅ stands for "no
-label". At each t this is the score of p(x_t | y) p(y | x_t)^w. The power prefers images of which
-the class is certain: w = 1 squares the classifier's probability against w = 0. Images that could be
-of another class are lost, and what is left lies farther from the other classes (the paper's Fig.
-2). That is why guidance trades variety for fidelity. All this holds only roughly. No forward
-process has these distributions, so sampling does not end in p(x | y) p(y | x)^w, but moves still
-farther out; and the difference of two learned ε_θ need not be the gradient of any classifier.
+both: ∇ log p(x_t | y) = -ε_θ(x_t, t, y) / √(1 - ᾱ_t); `score` in ddpm_ho_2020.py says why. Adding
+w times that gradient to the score of p(x_t | y) gives Eq. (6),
+
+    ε̃ = (1 + w) ε_θ(x_t, t, y) - w ε_θ(x_t, t, ∅),     where ∅ stands for "no label"
+
+At each t this is the score of p(x_t | y) p(y | x_t)^w, which is proportional to
+p(x_t) p(y | x_t)^(1 + w). The power prefers images of which the class is certain: at w = 1 the
+classifier's probability is squared. Images that could be of another class are lost, and what is
+left lies farther from the other classes (the paper's Fig. 2). That is why guidance trades variety
+for fidelity. All this holds only roughly. No forward process has these distributions, so sampling
+does not end in p(x | y) p(y | x)^w, but moves still farther out; and the difference of two learned
+ε_θ need not be the gradient of any classifier.
 
 How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
 for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of
@@ -78,6 +82,7 @@ def l_cfg(net, s, x0, t, eps, y, predict="eps"):
 def cfg_train_step(net, ema, opt, s, x0, y, step, null, p_uncond=0.1, loss=l_cfg, decay=0.9999):
     """One step of Algorithm 1 on images with labels. The numbers on the right are the lines there.
 
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         net = ConditionalUNet(10, (1, 28, 28), channels=32, multipliers=(1, 2, 2), attention=(7,))
         net = net.to(device)
         ema = copy.deepcopy(net).eval()
@@ -118,10 +123,10 @@ def guided(eps_theta, y, null, w, t_max=None):
     w = 0 is the conditional model and w = -1 the unconditional one; these need one evaluation of
     the network and not two. Much other code has a "guidance scale", which is our 1 + w.
 
-    t_max: guide only where t ≤ t_max, and use w = 0 at larger t. This is not the paper's but one
-    half of Kynkäänniemi et al. 2024, who also stop guiding at small t: in the noisiest steps
-    guidance drives all samples of a class to the same image. For few steps guide first, then take
-    the subchain; so t_max is a t of the long chain.
+    t_max: guide only where t ≤ t_max, and use w = 0 at larger t, because in the noisiest steps
+    guidance drives all samples of a class to the same image. This is not the paper's but one half
+    of Kynkäänniemi et al. 2024, who also stop guiding at small t. For few steps guide first, then
+    take the subchain; so t_max is a t of the long chain.
     eps_theta: any callable of x, t, y;  y (B,) in 0..null-1, else ValueError
     -> a callable of x, t, for any sampler"""
     if y.min() < 0 or y.max() >= null:  # on CUDA an embedding fails without a useful message
@@ -185,12 +190,16 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
     ε̂(x_t, t) = ε_θ(x_t, t, y) - w √(1 - ᾱ_t) ∇ log p(y | x_t): the gradient moves the noise, and
     so the image, to where the classifier is surer of y. With conditional=False it starts from the
     model without a label: ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t). As ∇ log p(y | x_t)
-    is what the label adds, the two and Eq. (6) are the same if all are exact. In practice the
-    paper, like Dhariwal & Nichol, finds the conditional one better.
+    is what the label adds, the two and Eq. (6) are the same if all are exact. In practice Dhariwal
+    & Nichol got their best results from the conditional one, and so the paper guides that one.
 
         classifier = NoisyClassifier(10, (1, 28, 28), 16, (1, 2, 2), attention=(7,)).to(device)
-        y = torch.full((16,), 7, device=device)
-        eps_hat = classifier_guided(ema, classifier, s, y, null=10, w=1)
+        average, opt = copy.deepcopy(classifier).eval(), torch.optim.Adam(classifier.parameters())
+        x0 = torch.rand(64, 1, 28, 28, device=device) * 2 - 1  # a batch of your images
+        y = torch.randint(10, (64,), device=device)            # and their labels
+        cfg_train_step(classifier, average, opt, s, x0, y, 1, 10, 0, l_classifier)  # step 1 of many
+        sevens = torch.full((16,), 7, device=device)
+        eps_hat = classifier_guided(ema, average, s, sevens, null=10, w=1)
 
     In ddim_sample this is Dhariwal & Nichol's Algorithm 2. In ddpm_sample, unclipped, it shifts μ_θ
     by w β_t / √α_t ∇ log p(y | x_t). Their Algorithm 1 shifts it by w Σ ∇ log p, which for σ_t² =
@@ -256,7 +265,7 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two.
-    The presets take "beta_tilde", as they sample in few steps.
+    All presets but "paper" take "beta_tilde", as they sample in few steps.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -275,7 +284,7 @@ def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
     This is a generator, so that one can watch: nothing happens until one loops over it. After each
     step it yields t, x_t and the x̂_0 that the step was made from, for t = T-1 down to 0. The last
     x_t is x_0. start: begin at x_start instead of x_T, with x drawn from q(x_start | some x_0).
-    The samplers below yield the same, but always begin at x_T."""
+    The samplers below yield the same, but always begin at x_T. (Langevin's x is still at t.)"""
     start = s.T if start is None else start
     for t in range(start, 0, -1):                                    # 2
         ts = torch.full((len(x),), t, device=x.device)
@@ -438,7 +447,8 @@ class UNet(nn.Module):
     map from the way down (a long skip connection), which holds the details that the small maps have
     lost. Attention follows every block of the levels whose size (shorter side) is named, and stands
     once in the middle, always. timed=False makes a network that is not told t.
-    ValueError if a side cannot be halved so often, or if no level has a size of attention."""
+    ValueError if a side cannot be halved so often, if attention names a size that no level has, or
+    if channels is not a multiple of 4."""
     def __init__(self, image_shape, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
                  attention=(16,), dropout=0.1, timed=True):
         super().__init__()
@@ -655,7 +665,8 @@ def natural(name):
 def list_folder(folder):
     """Every image of a person's own folder. The folders in it are the classes, each with all that
     lies below it; images that lie in no such folder are a class named after the folder itself.
-    Hidden files and links to folders are left out.  -> [(path, class, None)]"""
+    Hidden files, links to folders and folders named "runs" are left out.
+    -> [(path, class, None)]"""
     listing, left_out = [], Counter()
     for top, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if name != "runs" and not name.startswith(HIDDEN)]

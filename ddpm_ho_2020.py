@@ -53,12 +53,13 @@ def to_uint8(x):
 def l_simple(net, s, x0, t, eps):
     """How well does the network predict the noise? L_simple = E |ε - ε_θ(x_t, t)|², Eq. (14).
 
-    It comes from the bound on the likelihood. By Eq. (11), μ̃_t and μ_θ differ only in the noise,
-    by β_t / (√(1 - ᾱ_t) √α_t) times ε - ε_θ. So the term |μ̃_t - μ_θ|² / (2 σ_t²) of Eq. (8) is
-    |ε - ε_θ|² with the weight β_t² / (2 σ_t² α_t (1 - ᾱ_t)). That is Eq. (12). With the linear
-    schedule the weight is largest at small t, where the image is nearly clean and there is little
-    to learn. L_simple leaves it out, so that the network spends its effort on the noisier, harder
-    t. That is no longer the bound, but it gave the paper its best images (Table 2).
+    It comes from the bound on the likelihood. By Eqs. (4) and (7),
+    μ̃_t = (x_t - β_t / √(1 - ᾱ_t) ε) / √α_t, and μ_θ is the same with ε_θ for ε, Eq. (11). So the
+    term |μ̃_t - μ_θ|² / (2 σ_t²) of Eq. (8) is |ε - ε_θ|² with the weight β_t² / (2 σ_t² α_t (1 -
+    ᾱ_t)). That is Eq. (12). With the linear schedule the weight is largest at small t, where the
+    image is nearly clean and there is little to learn. L_simple leaves it out, so that the network
+    spends its effort on the noisier, harder t. That is no longer the bound, but it gave the paper
+    its best images (Table 2).
 
     net: ε_θ;  x0 (B, C, H, W) in [-1, 1];  t (B,) integers in 1..T;  eps like x0, from N(0, I)
     -> (), the mean over the batch and over the dimensions of x"""
@@ -68,6 +69,7 @@ def l_simple(net, s, x0, t, eps):
 def train_step(net, ema, opt, s, x0, step, loss=l_simple, decay=0.9999):
     """One step of Algorithm 1 on a batch of images. The numbers on the right are the lines there.
 
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         net = UNet((1, 28, 28), channels=32, multipliers=(1, 2, 2), attention=(7,)).to(device)
         ema = copy.deepcopy(net).eval()
         opt = torch.optim.Adam(net.parameters(), lr=2e-4)
@@ -124,7 +126,7 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two.
-    The presets take "beta_tilde", as they sample in few steps.
+    All presets but "paper" take "beta_tilde", as they sample in few steps.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -143,7 +145,7 @@ def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
     This is a generator, so that one can watch: nothing happens until one loops over it. After each
     step it yields t, x_t and the x̂_0 that the step was made from, for t = T-1 down to 0. The last
     x_t is x_0. start: begin at x_start instead of x_T, with x drawn from q(x_start | some x_0).
-    The samplers below yield the same, but always begin at x_T."""
+    The samplers below yield the same, but always begin at x_T. (Langevin's x is still at t.)"""
     start = s.T if start is None else start
     for t in range(start, 0, -1):                                    # 2
         ts = torch.full((len(x),), t, device=x.device)
@@ -234,7 +236,8 @@ class UNet(nn.Module):
     map from the way down (a long skip connection), which holds the details that the small maps have
     lost. Attention follows every block of the levels whose size (shorter side) is named, and stands
     once in the middle, always. timed=False makes a network that is not told t.
-    ValueError if a side cannot be halved so often, or if no level has a size of attention."""
+    ValueError if a side cannot be halved so often, if attention names a size that no level has, or
+    if channels is not a multiple of 4."""
     def __init__(self, image_shape, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
                  attention=(16,), dropout=0.1, timed=True):
         super().__init__()
@@ -374,7 +377,7 @@ def rate_distortion(eps_theta, s, x0, variance="beta", clip=True):
     x0 (B, C, H, W) -> two lists. `rates` has T + 1 entries: the bits per dimension spent once x_T,
     x_{T-1}, ..., x_0 have been sent. The last entry is the whole of Eq. (5), the bound on the
     negative log-likelihood. `rmse` has T entries: the error of x̂_0 at x_T, ..., x_1, in grey
-    levels of 255."""
+    levels of 255. rmse[i] belongs to rates[i], so plot rmse over rates[:-1]."""
     alpha_bar_T = s.alpha_bar[-1]
     L_T = gaussian_kl(alpha_bar_T.sqrt() * x0, 1 - alpha_bar_T, 0.0, 1.0).mean()
     rates, rmse = [L_T.item() / math.log(2)], []
@@ -422,10 +425,10 @@ def predict_eps(s, xt, t, x0_hat):
 def l_x0(net, s, x0, t, eps):
     """E |x_0 - net(x_t, t)|², per dimension: the network predicts the image (Sec. 3.2).  -> ()
 
-    The paper found it worse than ε early on. Near t = T it is safer. There ε̂ says little of the
-    image: x_t is nearly all noise, and Eq. (15) multiplies the error of ε̂ by √(1 - ᾱ_t) / √ᾱ_t. A
-    network that predicts x_0 makes no such error: where it can tell nothing, it predicts the mean
-    of all images."""
+    Early in their experiments the authors found it worse than ε. But near t = T it is safer. There
+    ε̂ says little of the image: x_t is nearly all noise, and Eq. (15) multiplies the error of ε̂ by
+    √(1 - ᾱ_t) / √ᾱ_t. A network that predicts x_0 makes no such error: where it can tell nothing,
+    it predicts the mean of all images."""
     return F.mse_loss(net(s.q_sample(x0, t, eps), t), x0)
 
 def l_mu(net, s, x0, t, eps):
@@ -525,7 +528,9 @@ def repaint_sample(eps_theta, s, x, x0, known, variance="beta", clip=True, draws
 
         short_theta, short = subchain(ema, s, 25)
         known = torch.rand(28, 28, device=device) < 0.5
-        filled = last_image(repaint_sample(short_theta, short, torch.randn_like(x0), x0, known))
+        noise = torch.randn_like(x0)
+        chain = repaint_sample(short_theta, short, noise, x0, known, "beta_tilde", draws=40)
+        filled = last_image(chain)
 
     In each step the known pixels come from q(x_{t-1} | x_0) and the others from p_θ(x_{t-1} | x_t).
     The two were drawn apart and do not fit each other. So a step of q leads back to x_t, where the
@@ -644,7 +649,8 @@ def natural(name):
 def list_folder(folder):
     """Every image of a person's own folder. The folders in it are the classes, each with all that
     lies below it; images that lie in no such folder are a class named after the folder itself.
-    Hidden files and links to folders are left out.  -> [(path, class, None)]"""
+    Hidden files, links to folders and folders named "runs" are left out.
+    -> [(path, class, None)]"""
     listing, left_out = [], Counter()
     for top, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if name != "runs" and not name.startswith(HIDDEN)]

@@ -85,7 +85,7 @@ def cosine(T):
 
     Nichol & Dhariwal 2021, Eq. (17).
     Without the offset 0.008 the first β would be so small that the noise in x_1 is far finer than a
-    grey level. They chose it so that √β_1 is slightly smaller than one, 1/127.5, for T = 1000."""
+    grey level. They chose it so that √β_1 is slightly below a grey level, 1/127.5, for T = 1000."""
     f = torch.cos(math.pi / 2 * (time_from_0_to_1(T) + 0.008) / 1.008) ** 2
     return beta_of_alpha_bar(f / f[0])
 
@@ -99,6 +99,7 @@ def sigmoid(T):
 def geometric(T):
     """Noise levels σ_1 = 0.01 .. σ_T = 50, evenly spaced in log σ.  Song & Ermon 2019, Sec. 4.1.
 
+    Theirs are numbered the other way: their σ_1 is the largest.
     They add noise without shrinking the data: x_0 + σ_t z. Dividing this by √(1 + σ_t²) makes it a
     process of our kind, with ᾱ_t = 1 / (1 + σ_t²). In 2019 their σ ended at 1, which would leave
     0.71 of the signal in x_T. The 50 is of their paper of 2020, for CIFAR-10."""
@@ -190,8 +191,9 @@ class Schedule:
         """One step of q reversed, with x_0 known: q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I).
 
         Ho et al. 2020, Eqs. (6), (7). By Bayes' rule it is q(x_t | x_{t-1}) q(x_{t-1} | x_0) up to
-        a factor. Both are Gaussians in x_{t-1}, and so is their product: the exponents are added
-        and the square is completed. Its precision is the sum of theirs,
+        a factor. Both are Gaussians in x_{t-1}: the first has mean x_t / √α_t and variance
+        β_t / α_t, the second √ᾱ_{t-1} x_0 and 1 - ᾱ_{t-1}. So is their product: the exponents are
+        added and the square is completed. Its precision is the sum of theirs,
         1/β̃_t = α_t/β_t + 1/(1 - ᾱ_{t-1}), and its mean is their mean, weighted by precision:
         μ̃_t = β̃_t (√α_t x_t / β_t + √ᾱ_{t-1} x_0 / (1 - ᾱ_{t-1})), which is Eq. (7).
         x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.

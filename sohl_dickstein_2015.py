@@ -23,10 +23,12 @@ over t of log p(x_{t-1} | x_t) / q(x_t | x_{t-1}). By Bayes' rule, for t ≥ 2,
 The first factor makes the KL of each step. Of the others, when their logarithms are added up, all
 cancel but the entropies of the last and of the first step. The sum starts at t = 2 because the
 last step p(x_0 | x_1) is not learned; `reverse` says why. DDPM's bound, its Eq. (5), is the same
-quantity with the opposite sign.
+with the opposite sign, but for a last step that is learned: its L_T and L_0 are here the three
+entropies.
 
-Eq. (14) assumes that E log π(x_t) is the same for every t. This is why the Swiss roll is
-standardised: each coordinate has mean 0 and variance 1, as under π, and x_t keeps both at every t.
+Eq. (14) assumes that -E log π(x_t) is the same for every t, and so equals H_p(X_T), the entropy of
+π. This is why the Swiss roll is standardised: each coordinate has mean 0 and variance 1, as under
+π, and x_t keeps both at every t.
 For the same reason the bits of π are 1 as often as those of the heartbeat data.
 
     python sohl_dickstein_2015.py                       # Swiss roll, T = 40, β is learned too
@@ -70,7 +72,7 @@ from schedules import SCHEDULES, Schedule, beta_of_alpha_bar, extract, make_sche
 # -------------------------------------------------------------------------------------------------
 
 def isotropic(mean, variance):
-    """N(mean, variance · I).  mean (B, D); variance (B, 1), or one number for all
+    """N(mean, variance · I).  mean (B, D); variance (B, 1), or a tensor () for all
 
     Its class is the Gaussian with a full covariance matrix, because p has one, and torch computes a
     KL only between two Gaussians of the same class. The arguments are not checked, to save time."""
@@ -82,7 +84,7 @@ def gaussian_q(x0, alpha_bar):
 
         xt = gaussian_q(x0, extract(s.alpha_bar, t, x0)).sample()
 
-    x0 (B, D);  alpha_bar (B, 1), or one number for all.  -> B distributions"""
+    x0 (B, D);  alpha_bar (B, 1), or a tensor () for all.  -> B distributions"""
     return isotropic(alpha_bar.sqrt() * x0, 1 - alpha_bar)
 
 # P(a bit is 1) under π. It is 1/5 as in the heartbeat data (App. D.1.2), so that Eq. (14) holds.
@@ -98,7 +100,7 @@ def binomial_q(x0, alpha_bar):
 
     A bit of x_t is still that of x_0 with probability ᾱ_t. Otherwise it has been drawn anew from π,
     where it is 1 with probability ρ.
-    x0 (B, D) of 0. and 1.;  alpha_bar (B, 1), or one number for all.  -> B distributions"""
+    x0 (B, D) of 0. and 1.;  alpha_bar (B, 1), or a tensor () for all.  -> B distributions"""
     return bernoulli(alpha_bar * x0 + (1 - alpha_bar) * RHO)
 
 # -------------------------------------------------------------------------------------------------
@@ -278,7 +280,8 @@ def train_step(kind, net, opt, x0):
         net = RollNet(start_beta("learned", 40), learned=True)
         opt = torch.optim.Adam(net.parameters(), 4e-3)
         for step in range(6000):
-            K = train_step(GAUSSIAN, net, opt, x0)  # x0 (B, 2): a new batch, standardised
+            x0 = draw_roll(2048, 0.02, seed=step)  # a new batch (B, 2), standardised; your data
+            K = train_step(GAUSSIAN, net, opt, x0)
         s = learned_schedule(net.beta_logits.detach())  # the β that were learned, for `reverse`
 
     Raises FloatingPointError, and leaves net as it was, if K or its gradient is not finite.
@@ -339,7 +342,9 @@ def given(net, y, precision, xt, alpha_bar):
 
         p(x_0 | x_t, y) = p(x_0 | x_t) r(x_0) / Z
 
-    because y depends on x_0 alone. Averaging q(x_{t-1} | x_t, x_0) over this x_0, as p does, gives
+    because y depends on x_0 alone. Average q(x_{t-1} | x_t, x_0) over this x_0, as p does. Given
+    x_{t-1}, x_0 does not depend on x_t any more, so E[r(x_0) | x_{t-1}, x_t] is a function of
+    x_{t-1} alone, and the average is
 
         p(x_{t-1} | x_t, y) = p(x_{t-1} | x_t) r(x_{t-1}) / Z(x_t)
 

@@ -625,8 +625,9 @@ def test_first_acts_and_examples_run_in_one_namespace():
             exec(examples[-1], names.copy() if name == "UNet" else names)
             names["ema"] = lambda x, t, *y: 0.1 * x  # faster than the examples' network
     assert sum(map(bool, examples)) >= 11 and len(names["rates"]) == 1001
-    assert names["x0"].shape == (16, 1, 28, 28) and names["x0"].abs().max() <= 1
-    assert names["filled"].shape == (16, 1, 28, 28)
+    assert names["filled"].shape == (16, 1, 28, 28) and names["filled"].abs().max() <= 1
+    t = torch.full((16,), 9)
+    assert names["eps_hat"](names["filled"], t).shape == (16, 1, 28, 28)
 
 class Scale(nn.Module):
     """A network without matrices, for x (B, 10). It serves as the classifier too."""
@@ -1273,10 +1274,11 @@ MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE
     "--checkpoint=file": "file is damaged", "--resume=nowhere": "nowhere/checkpoint.pt: there",
     "--checkpoint=FILE --schedule=linear": "--schedule linear.*was trained with",
     "--checkpoint=FILE --T=50": "--T 50.*was trained with",
-    "--checkpoint=FILE --dataset=images": "images: RUN/checkpoint.pt was trained with digits",
+    "--checkpoint=FILE --dataset=images": "images: RUN/.* was trained with digits",
     "--checkpoint=FILE --steps=9": "--steps", "--checkpoint=FILE --channels=32": "--channels 32",
     "--resume=RUN --lr=1 --batch=7": "--batch 7", "--resume=RUN --out=b": "own folder",
-    "--resume=RUN --dataset=images": "--dataset .*images", "--resume=RUN --preset=mnist": "--preset"}
+    "--resume=RUN --dataset=images": "--dataset .*images",
+    "--resume=RUN --preset=mnist": "--preset"}
 MISTAKES = {
     ddpm: MISTAKES_OF_BOTH | {
         "--w=2": "--w", "--attention=5": r"attention at \[5\].*\[8, 4\]",
