@@ -994,7 +994,7 @@ def sample(args, s, image_shape, theta_of, n, show=True):
     portion = 50 if args.device == "cpu" else 500
     options = {"variance": args.variance} if args.sampler == "ddpm" else {}
     steps, images, frames = args.sampling_steps, [], {}
-    kept = {round((1 - share) * (steps - 1)) for share in [*np.linspace(0, 1, 25), 0.95, 0.98]}
+    kept = {round((1 - share) * (steps - 1)) for share in [*np.linspace(0, 1, 21), 0.95, 0.98]}
     for first in range(0, n, portion):
         last = min(first + portion, n)
         theta, short = subchain(in_bfloat16(theta_of(first, last), args), s, steps)
@@ -1035,6 +1035,7 @@ def draw_film(path, frames, n, columns=()):
     moments = [frames[t] for t in sorted(frames, reverse=True)]
     rows = [[("x_t", xt[:n]), ("x̂_0", x0_hat[:n])] for xt, x0_hat in moments]
     figure = draw_table(path.with_suffix(".png"), rows[-1], columns)
+    figure.set_layout_engine("none")  # where things are now they stay
     picture = figure.axes[0].images[0]
     order = [*range(len(rows)), *[len(rows) - 1] * 20]  # the end stands still for a while
     film = FuncAnimation(figure, lambda i: picture.set_data(table_of(rows[i])), order)

@@ -1792,6 +1792,11 @@ def test_snippets_of_the_readme_run(code):
     Path("assets").symlink_to(HERE / "assets")
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
+def test_every_checker_of_the_readme_selects_a_test():
+    tests = re.findall(r"^def (test_\w+)", inspect.getsource(sys.modules[__name__]), re.M)
+    words = re.findall(r"-k (\w+)`", README)
+    assert len(words) > 10 and [w for w in words if not any(w in test for test in tests)] == []
+
 def test_a_schedule_of_ones_own(monkeypatch):
     """The README's example, pasted into schedules.py, is a --schedule of that name."""
     monkeypatch.setattr(schedules, "SCHEDULES", dict(SCHEDULES))
