@@ -1139,9 +1139,9 @@ OF_SAMPLING = {"sampler", "sampling_steps", "variance", "num_samples", "guidance
 def data_set(text):
     """argparse's type for --dataset. A folder's whole path is kept, so that any place can
     resume."""
-    if text and text not in PRESETS and Path(text).is_dir():
-        return str(Path(text).resolve())
-    return text
+    if text in ("", "cars", *SIZES) or not Path(text).is_dir():
+        return text
+    return str(Path(text).resolve())
 
 def makes_sense(name, value):
     """Whether a typed value can be meant: names are not empty (as an unset variable's is), numbers
