@@ -794,16 +794,17 @@ def features_of(judge, images):
 
 # Not copied: samples that were asked for by label.
 def real_like(data, y, seed):
-    """Real images with the labels y (n,), drawn by the seed, from all images of a class."""
-    images = torch.cat([data.images, data.held_out])
-    labels = torch.cat([data.labels, data.held_labels])
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(y.device)
-    picked = images.new_empty(len(y), *images.shape[1:])
+    """Real training images with the labels y (n,), drawn by the seed; of a small class some
+    twice."""
+    picked = data.images.new_empty(len(y), *data.images.shape[1:])
     for k in y.unique():
-        of_class = order[labels[order] == k]
+        of_class = data.images[data.labels == k]
+        if len(of_class) == 0:  # all images of a small class may be held out
+            of_class = data.held_out[data.held_labels == k]
         asked = (y == k).nonzero()[:, 0]
-        i = torch.arange(len(asked), device=y.device) % len(of_class)  # a small class comes again
-        picked[asked] = images[of_class[i]]
+        order = torch.randperm(len(of_class), generator=torch.Generator().manual_seed(seed))
+        i = torch.arange(len(asked)) % len(of_class)
+        picked[asked] = of_class[order[i].to(y.device)]
     return picked
 
 def evaluate(images, y, judge, f_held):

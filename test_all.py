@@ -1638,7 +1638,7 @@ def test_real_images_of_a_class():
         held_out=torch.tensor([[8], [9]]), held_labels=torch.tensor([1, 0]))
     y = torch.tensor([2, 0, 0, 1, 0, 2, 1])
     picked = cfg.real_like(data, y, seed=0).flatten().tolist()
-    assert {picked[1], picked[2], picked[4]} == {0, 2, 9} and picked[3] == picked[6] == 8
+    assert {picked[1], picked[2]} == {0, 2} and picked[4] in (0, 2) and picked[3] == picked[6] == 8
     assert {picked[0], picked[5]} < {1, 3, 4} and picked[0] != picked[5]
 
 def test_experiments(monkeypatch):
@@ -1698,8 +1698,13 @@ def test_cfg_sweep(quick, monkeypatch):
         assert all(0 <= row["label_accuracy"] <= 1 for row in sweep)
     assert m["sweep"][0] == m["sweep_classifier"][0] and m["sweep"][2] != m["sweep_classifier"][2]
     assert m["frechet_floor"] > 0 and files("a") >= {"tradeoff.png", "samples.png", "reverse.gif"}
-    run(cfg, f"{flags} --w 1 --t-max 1 --classes 3 7 --out=b")
-    assert set(np.load("b/samples.npz")["arr_1"].tolist()) == {3, 7}
+    asked, guide = [], cfg.guide
+    def recorded(kind, eps_theta, classifier, s, y, *rest):
+        asked.append(y)
+        return guide(kind, eps_theta, classifier, s, y, *rest)
+    monkeypatch.setattr(cfg, "guide", recorded)
+    run(cfg, f"{flags} --w 1 --t-max 1 --classes 3 7 1 --num-samples=60 --guidance free --out=b")
+    assert torch.cat(asked).tolist() == np.load("b/samples.npz")["arr_1"].tolist() == [3, 7, 1] * 20
 
 def test_cfg_is_the_same_without_its_classifier(no_pictures):
     few = f"--quick --channels=4 --steps=4 {FEW[cfg]}"
