@@ -40,7 +40,8 @@ The paper's notation. It writes z_λ for x_t, with λ = log(ᾱ_t / (1 - ᾱ_t))
 
 Differs from the paper:
   - T steps by the cosine schedule; the paper draws λ in continuous time, from such a schedule.
-  - Small networks and data, as in ddpm_ho_2020.py, where the settings are explained.
+  - Small networks and data, as in ddpm_ho_2020.py, where the settings are explained. For cars the
+    network predicts x_0, from which ε follows.
   - No FID or Inception Score, which need a downloaded network. The Fréchet distance and the score
     exp E KL are taken from a small classifier that is trained here. Compare them across w, and with
     the distance of real images.

@@ -55,11 +55,12 @@ def l_simple(net, s, x0, t, eps):
 
     It comes from the bound on the likelihood. By Eqs. (4) and (7),
     μ̃_t = (x_t - β_t / √(1 - ᾱ_t) ε) / √α_t, and μ_θ is the same with ε_θ for ε, Eq. (11). So the
-    term |μ̃_t - μ_θ|² / (2 σ_t²) of Eq. (8) is |ε - ε_θ|² with the weight β_t² / (2 σ_t² α_t (1 -
-    ᾱ_t)). That is Eq. (12). With the linear schedule the weight is largest at small t, where the
-    image is nearly clean and there is little to learn. L_simple leaves it out, so that the network
-    spends its effort on the noisier, harder t. That is no longer the bound, but it gave the paper
-    its best images (Table 2).
+    term |μ̃_t - μ_θ|² / (2 σ_t²) of Eq. (8) is, by Eq. (12), |ε - ε_θ|² with
+    the weight β_t² / (2 σ_t² α_t (1 - ᾱ_t)).
+
+    With the linear schedule the weight is largest at small t, where the image is nearly clean and
+    there is little to learn. L_simple leaves it out, so that the network spends its effort on the
+    noisier, harder t. That is no longer the bound, but it gave the paper its best images (Table 2).
 
     net: ε_θ;  x0 (B, C, H, W) in [-1, 1];  t (B,) integers in 1..T;  eps like x0, from N(0, I)
     -> (), the mean over the batch and over the dimensions of x"""
@@ -369,8 +370,7 @@ def bound_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
 
 @torch.no_grad()
 def rate_distortion(eps_theta, s, x0, variance="beta", clip=True):
-    """Progressive coding, Sec. 4.3: after sending x_T, x_{T-1}, ..., how many bits, how good an
-    x̂_0?
+    """Progressive coding, Sec. 4.3: x_T is sent, then x_{T-1}, ... How many bits, how good an x̂_0?
 
         rates, rmse = rate_distortion(ema, s, x0)
 
@@ -379,7 +379,8 @@ def rate_distortion(eps_theta, s, x0, variance="beta", clip=True):
     negative log-likelihood. `rmse` has T entries: the error of x̂_0 at x_T, ..., x_1, in grey
     levels of 255. rmse[i] belongs to rates[i], so plot rmse over rates[:-1]."""
     alpha_bar_T = s.alpha_bar[-1]
-    L_T = gaussian_kl(alpha_bar_T.sqrt() * x0, 1 - alpha_bar_T, 0.0, 1.0).mean()
+    mean_T = alpha_bar_T.sqrt() * x0.to(alpha_bar_T.dtype)  # float32 would round L_T away
+    L_T = gaussian_kl(mean_T, 1 - alpha_bar_T, 0.0, 1.0).mean()
     rates, rmse = [L_T.item() / math.log(2)], []
     for t in tqdm(range(s.T, 0, -1), "bits/dim"):
         ts = torch.full((len(x0),), t, device=x0.device)
@@ -538,8 +539,8 @@ def repaint_sample(eps_theta, s, x, x0, known, variance="beta", clip=True, draws
 
     In equal time, few larger steps (subchain) with many draws let the parts adapt better: 25 steps
     of 40 beat 100 of 10. Their own remedy is to jump back by 10 steps at once, 10 times, with
-    T = 250. Their Algorithm 1 has misprints: read ᾱ_{t-1} for ᾱ_t, β_t for β_{t-1}, √(1 - ᾱ) for 1
-    - ᾱ.
+    T = 250. Their Algorithm 1 is misprinted: for ᾱ_t, β_{t-1} and 1 - ᾱ read ᾱ_{t-1}, β_t and its
+    square root.
 
     x0 (B, C, H, W);  known: bool, broadcast to x0's shape, True where x0 is given"""
     for t in range(s.T, 0, -1):
