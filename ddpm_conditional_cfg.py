@@ -27,9 +27,11 @@ At each t this is the score of p(x_t | y) p(y | x_t)^w, which is proportional to
 p(x_t) p(y | x_t)^(1 + w). The power prefers images of which the class is certain: at w = 1 the
 classifier's probability is squared. Images that could be of another class are lost, and what is
 left lies farther from the other classes (the paper's Fig. 2). That is why guidance trades variety
-for fidelity. All this holds only roughly. No forward process has these distributions, so sampling
-does not end in p(x | y) p(y | x)^w, but moves still farther out; and the difference of two learned
-ε_θ need not be the gradient of any classifier.
+for fidelity. All this holds only roughly. If one noises draws of p(x_0) p(y | x_0)^(1 + w) up to t,
+the result does not have the density p(x_t) p(y | x_t)^(1 + w), so these scores do not belong to one
+diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. For three Gaussians, for example,
+it ends still farther out (`draw_gaussians`). And the difference of two learned ε_θ need not be the
+gradient of any classifier.
 
 How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
 for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of
@@ -45,7 +47,8 @@ Differs from the paper:
   - No FID or Inception Score, which need a downloaded network. The Fréchet distance and the score
     exp E KL are taken from a small classifier that is trained here. Compare them across w, and with
     the distance of real images.
-  - σ_t² = β̃_t; the paper takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
+  - σ_t² is β̃_t in all presets but "paper", and β_t if one calls `ddpm_sample` without naming it.
+    The paper takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
   - Also drawn: w = -1, which is the unconditional model, and classifier guidance of an
     unconditional model (--guidance classifier). Sec. 3.1 guides a conditional one (--guidance
     both).
@@ -126,8 +129,13 @@ def guided(eps_theta, y, null, w, t_max=None):
 
     t_max: guide only where t ≤ t_max, and use w = 0 at larger t, because in the noisiest steps
     guidance drives all samples of a class to the same image. This is not the paper's but one half
-    of Kynkäänniemi et al. 2024, who also stop guiding at small t. For few steps guide first, then
-    take the subchain; so t_max is a t of the long chain.
+    of Kynkäänniemi et al. 2024, who also stop guiding at small t.
+
+    For few steps guide first, and take the subchain then. t_max is a t of the long chain.
+
+        short_tilde, short = subchain(eps_tilde, s, 50)
+        x0 = last_image(ddpm_sample(short_tilde, short, noise, variance="beta_tilde"))
+
     eps_theta: any callable of x, t, y;  y (B,) in 0..null-1, else ValueError
     -> a callable of x, t, for any sampler"""
     if y.min() < 0 or y.max() >= null:  # on CUDA an embedding fails without a useful message
@@ -166,9 +174,15 @@ def gaussians_eps_theta(s, means, variance):
     """The exact ε_θ(x, t, y) for K equally likely classes, each N(m_y, variance I) in the plane.
 
     x_t given y is N(√ᾱ_t m_y, v_t I) with v_t = ᾱ_t variance + 1 - ᾱ_t, and without a label a
-    mixture of these. The score of a mixture is the mean of its parts' scores, weighted by p(y |
-    x_t). As everywhere, ε = -√(1 - ᾱ_t) ∇ log p.  means (K, 2), y = K for ∅ -> a callable of x (B,
-    2), t, y"""
+    mixture of these. The score of a mixture is the mean of its parts' scores, weighted by
+    p(y | x_t). As everywhere, ε = -√(1 - ᾱ_t) ∇ log p.
+
+        eps_theta = gaussians_eps_theta(s, torch.eye(3)[:, :2], variance=0.2)
+        y, noise = torch.tensor([0, 1, 2]), torch.randn(3, 2)
+        x0 = last_image(ddpm_sample(guided(eps_theta, y, 3, w=1), s, noise, clip=False))
+
+    clip=False, because these points, unlike images, are not confined to [-1, 1].
+    means (K, 2), y = K for ∅ -> a callable of x (B, 2), t, y"""
     K = len(means)
 
     def eps_theta(x, t, y):
@@ -198,10 +212,14 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
         average, opt = copy.deepcopy(classifier).eval(), torch.optim.Adam(classifier.parameters())
         x0 = torch.rand(64, 1, 28, 28, device=device) * 2 - 1  # a batch of your images
         y = torch.randint(10, (64,), device=device)            # and their labels
-        cfg_train_step(classifier, average, opt, s, x0, y, 1, 10, 0, l_classifier)  # step 1 of many
+        cfg_train_step(classifier, average, opt, s, x0, y, step=1, null=10, p_uncond=0,
+                       loss=l_classifier)                      # step 1 of many
         sevens = torch.full((16,), 7, device=device)
         eps_hat = classifier_guided(ema, average, s, sevens, null=10, w=1)
+        short_hat, short = subchain(eps_hat, s, 50)
 
+    For few steps guide first, with the long s, and take the subchain then, as in the last line: the
+    classifier was trained for the t of the long chain.
     In ddim_sample this is Dhariwal & Nichol's Algorithm 2. In ddpm_sample, unclipped, it shifts μ_θ
     by w β_t / √α_t ∇ log p(y | x_t). Their Algorithm 1 shifts it by w Σ ∇ log p, which for σ_t² =
     β_t is the same but for the factor 1 / √α_t.
@@ -265,8 +283,12 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
     β_t + α_t = 1; the factor of ε_θ becomes -β_t / (√(1 - ᾱ_t) √α_t).
 
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
-    β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two.
-    All presets but "paper" take "beta_tilde", as they sample in few steps.
+    β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two, and in 1000
+    steps it hardly matters. In few steps it does: at small t the image is nearly decided, so that
+    β̃_t is nearer, and β_t is several times β̃_t there. It leaves more noise in x_{t-1} than the
+    network was trained to expect, and in the last step the rest of it stays in the image. DDIM's
+    Table 1 has, for 10 steps on CIFAR-10, an FID of 367 with β_t and 41 with β̃_t. So take
+    "beta_tilde" with a subchain, as all presets but "paper" do.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -278,14 +300,14 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
     """DDPM's Algorithm 2: from noise x_T to an image x_0. The numbers on the right are its lines.
 
-        eps_theta = ema  # with labels: eps_theta = guided(ema, y, null, w)
+        eps_theta = ema  # with labels: guided(ema, y, null, w), of ddpm_conditional_cfg.py
         noise = torch.randn(16, 1, 28, 28, device=device)
         x0 = last_image(ddpm_sample(eps_theta, s, noise))  # 16 images in [-1, 1]
 
     This is a generator, so that one can watch: nothing happens until one loops over it. After each
     step it yields t, x_t and the x̂_0 that the step was made from, for t = T-1 down to 0. The last
     x_t is x_0. start: begin at x_start instead of x_T, with x drawn from q(x_start | some x_0).
-    The samplers below yield the same, but always begin at x_T. (Langevin's x is still at t.)"""
+    The samplers below yield the same, but always begin at x_T."""
     start = s.T if start is None else start
     for t in range(start, 0, -1):                                    # 2
         ts = torch.full((len(x),), t, device=x.device)
@@ -325,6 +347,9 @@ def subchain(eps_theta, s, steps):
     a kept x_r to the next kept x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a
     Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
     it as it stands. The new i = 1..steps stands for t = i T / steps, rounded.
+
+    With ddpm_sample pass variance="beta_tilde" here; p_theta says why. Guide first and take the
+    subchain then, because a classifier knows only the t of the long chain.
     -> the ε_θ(x, i) of the short chain, and its Schedule"""
     times = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
     alpha_bar = s.alpha_bar[times].cpu().double()
@@ -579,11 +604,8 @@ import re
 import sys
 import textwrap
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -638,13 +660,11 @@ def load_torchvision(dataset, data_dir):
     -> (images, held-out images, labels, held-out labels), names of the classes"""
     kind = {"mnist": MNIST, "cifar10": CIFAR10}[dataset]
     try:
-        with redirect_stdout(StringIO()):  # what torchvision says of its mirrors
-            train, test = [kind(data_dir, part, download=True) for part in (True, False)]
+        train, test = [kind(data_dir, part, download=True) for part in (True, False)]
     except Exception as e:  # no network, no room, or a damaged file, which can raise anything
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        place = Path(data_dir, "MNIST/raw" if dataset == "mnist" else "cifar-10-batches-py")
-        fail(f"{dataset} can neither be read from {place} nor downloaded ({reason}). If files are"
-             " there, one is damaged or missing. --dataset digits needs no files")
+        fail(f"{dataset} can neither be read from {data_dir} nor downloaded"
+             f" ({type(e).__name__}: {e}). If it is there, a file is damaged or missing."
+             " --dataset digits needs no files")
     x, x_held = torch.as_tensor(train.data), torch.as_tensor(test.data)
     if dataset == "mnist":
         x, x_held = x[:, None], x_held[:, None]  # (N, 1, H, W)
@@ -655,9 +675,6 @@ def load_torchvision(dataset, data_dir):
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 HIDDEN = (".", "@", "__")  # so begin the names that systems and programs give to their own files
-TURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # EXIF's orientations
-        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 def natural(name):
     """A key to sort names by, such that 2 comes before 10."""
@@ -668,18 +685,13 @@ def list_folder(folder):
     lies below it; images that lie in no such folder are a class named after the folder itself.
     Hidden files, links to folders and folders named "runs" are left out.
     -> [(path, class, None)]"""
-    listing, left_out = [], Counter()
-    for top, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if name != "runs" and not name.startswith(HIDDEN)]
-        inside = Path(top).relative_to(folder).parts
-        classname = inside[0] if inside else Path(folder).resolve().name
-        for path in [Path(top, name) for name in names if not name.startswith(HIDDEN)]:
-            if path.suffix.lower() in SUFFIXES:
-                listing.append((path, classname, None))
-            else:
-                left_out[path.suffix.lower()] += 1
-    if left_out:
-        print("files left out, by suffix:", dict(left_out))
+    listing = []
+    for path in Path(folder).rglob("*"):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(HIDDEN) or part == "runs" for part in parts)
+        if path.suffix.lower() in SUFFIXES and not hidden:
+            classname = parts[0] if len(parts) > 1 else Path(folder).resolve().name
+            listing.append((path, classname, None))
     return listing
 
 def body_of(model):
@@ -693,50 +705,36 @@ def list_cars(data_dir, labels):
 
     The class is the car's body type or, with labels="model", its model, and each car is cropped by
     the box of its annotation.  -> [(path, class, (left, top, right, bottom))]"""
-    root = Path(data_dir)
-    places = ["stanford_cars/cars_train/cars_train", "stanford_cars/cars_train",
-              "cars_train/cars_train", "cars_train"]
-    folder = next((root / place for place in places if any((root / place).glob("*.jpg"))), None)
+    paths = {path.name: path for path in Path(data_dir).rglob("cars_train/*.jpg")}
     where = "github.com/pytorch/vision/issues/7545 says where to get"
-    if folder is None:
+    if not paths:
         fail(f"no Stanford Cars in {data_dir}: {where} them; put stanford_cars or cars_train there."
              " Any folder of images can be named instead: --dataset FOLDER")
-    mats = {path.name: path for path in root.rglob("cars_*.mat")}
+    mats = {path.name: path for path in Path(data_dir).rglob("cars_*.mat")}
     if not {"cars_train_annos.mat", "cars_meta.mat"} <= mats.keys():
         print("cars without cars_train_annos.mat and cars_meta.mat are one class, and not cropped;"
               f" {where} them")
-        return [(path, "car", None) for path in folder.glob("*.jpg")]
-    try:
-        models = loadmat(mats["cars_meta.mat"], squeeze_me=True)["class_names"]
-        annotations = loadmat(mats["cars_train_annos.mat"], squeeze_me=True)["annotations"]
-    except Exception as e:  # a damaged file can raise anything
-        fail(f"cars_meta.mat or cars_train_annos.mat is damaged ({type(e).__name__}): {where} them")
+        return [(path, "car", None) for path in paths.values()]
+    models = loadmat(mats["cars_meta.mat"], squeeze_me=True)["class_names"]
+    annotations = loadmat(mats["cars_train_annos.mat"], squeeze_me=True)["annotations"]
     listing = []
     for image in annotations:
         model = str(models[int(image["class"]) - 1])  # classes count from 1, and pixels too
         left, top, right, bottom = [int(image[f"bbox_{side}"]) for side in ("x1", "y1", "x2", "y2")]
         name = body_of(model) if labels == "body" else model
-        path = folder / str(image["fname"])
-        if path.is_file():
-            listing.append((path, name, (left - 1, top - 1, right, bottom)))
+        if image["fname"] in paths:
+            listing.append((paths[image["fname"]], name, (left - 1, top - 1, right, bottom)))
     return listing
 
 def read_image(path, box, size):
     """One image as (size, size, 3), uint8: cropped to its box, turned upright, scaled so that its
     shorter side fits, and cropped in the middle."""
-    image = Image.open(path)
-    if box is not None:
-        image = image.crop(box)
-    else:
-        image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded no larger than it need be
-    orientation = image.getexif().get(0x112)
-    if orientation in TURN:
-        image = image.transpose(TURN[orientation])
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
+    image = ImageOps.exif_transpose(Image.open(path).crop(box))
+    if image.mode.startswith("I;16"):  # 16 bits
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("grey levels without a known range; save it with 8 bits")
-    if image.mode.endswith("A") or "transparency" in image.info:  # what is clear becomes white
+    if image.has_transparency_data:  # what is clear becomes white
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
@@ -822,18 +820,14 @@ def claim_folder(name, default):
     """Make the folder of a new run: the one called name or, without a name, the first that is free
     of default, default-2, default-3, ...  mkdir fails where there is one already, so that two runs
     that start at once never share a folder, and nothing of another run is touched.  -> Path"""
-    folder, n = Path(name or default), 1
-    while True:
+    names = [name] if name else [default] + [f"{default}-{n}" for n in range(2, 10_000)]
+    for folder in map(Path, names):
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if name:
-                fail(f"--out {name} is there already; choose a new name, as a run makes its folder")
-        except OSError as e:
-            fail(f"--out {folder}: {e.strerror}")
-        n += 1
-        folder = Path(f"{default}-{n}")
+            continue
+    fail(f"--out {folder} is there already; choose a new name, as a run makes its folder")
 
 def save(state, path):
     """Write a checkpoint under another name, then rename it: a run that is killed meanwhile leaves
@@ -842,7 +836,6 @@ def save(state, path):
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk by a RuntimeError
-        Path(f"{path}.tmp").unlink(missing_ok=True)
         fail(f"{path} could not be written, and is as it was (is the disk full?): {e}")
 
 def load_checkpoint(path):
@@ -889,11 +882,8 @@ def load(path, device="cpu"):
     return eps_theta, s, run["image_shape"], run["names"]
 
 def load_classifier(path, device):
-    """The classifier that was trained beside a checkpoint, or None if there is none."""
-    path = Path(path).with_name("classifier.pt")
-    if not path.is_file():
-        return None
-    run = load_checkpoint(path)
+    """The classifier that was trained beside a checkpoint."""
+    run = load_checkpoint(Path(path).with_name("classifier.pt"))
     net = make_classifier(run["config"], run["image_shape"], run["names"])
     net.load_state_dict(run["ema"])
     return in_fast_format(net.to(device), device).eval().requires_grad_(False)
@@ -996,7 +986,7 @@ def sample(args, s, image_shape, theta_of, n, show=True):
     portion = 50 if args.device == "cpu" else 500
     options = {"variance": args.variance} if args.sampler == "ddpm" else {}
     steps, images, frames = args.sampling_steps, [], {}
-    kept = {round((1 - share) * (steps - 1)) for share in [*np.linspace(0, 1, 21), 0.95, 0.98]}
+    kept = {round(i) for i in np.linspace(0, steps - 1, 21)}
     for first in range(0, n, portion):
         last = min(first + portion, n)
         theta, short = subchain(in_bfloat16(theta_of(first, last), args), s, steps)
@@ -1032,17 +1022,6 @@ def draw_table(path, rows, columns=()):
     figure.savefig(path, dpi=100)
     return figure
 
-def draw_film(path, frames, n, columns=()):
-    """Save the reverse process of n images, x_t above x̂_0, as a looping GIF; its end as PNG."""
-    moments = [frames[t] for t in sorted(frames, reverse=True)]
-    rows = [[("x_t", xt[:n]), ("x̂_0", x0_hat[:n])] for xt, x0_hat in moments]
-    figure = draw_table(path.with_suffix(".png"), rows[-1], columns)
-    figure.set_layout_engine("none")  # where things are now they stay
-    picture = figure.axes[0].images[0]
-    order = [*range(len(rows)), *[len(rows) - 1] * 20]  # the end stands still for a while
-    film = FuncAnimation(figure, lambda i: picture.set_data(table_of(rows[i])), order)
-    film.save(path, "pillow", fps=10, dpi=100)
-
 def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
     """Save a curve.  -> figure"""
     figure = Figure((6, 4), layout="constrained")
@@ -1058,7 +1037,18 @@ def draw_loss(path, losses):
     steps = np.linspace(0, len(losses), len(means) + 1)[1:]
     return draw_curve(path, steps, means, "step", "loss", "log")
 
-# Not copied: the paper's trade-off, and its Fig. 2.
+# Not copied: the reverse process as a film, the paper's trade-off, and its Fig. 2.
+def draw_film(path, frames, n, columns=()):
+    """Save the reverse process of n images, x_t above x̂_0, as a looping GIF; its end as PNG."""
+    moments = [frames[t] for t in sorted(frames, reverse=True)]
+    rows = [[("x_t", xt[:n]), ("x̂_0", x0_hat[:n])] for xt, x0_hat in moments]
+    figure = draw_table(path.with_suffix(".png"), rows[-1], columns)
+    figure.set_layout_engine("none")  # where things are now they stay
+    picture = figure.axes[0].images[0]
+    order = [*range(len(rows)), *[len(rows) - 1] * 20]  # the end stands still for a while
+    film = FuncAnimation(figure, lambda i: picture.set_data(table_of(rows[i])), order)
+    film.save(path, "pillow", fps=10, dpi=100)
+
 def draw_tradeoff(path, sweeps, metrics):
     """Save distance and label accuracy over w, and the distance over the classifier score (Figs. 4,
     5).
@@ -1132,102 +1122,90 @@ PRESETS = {  # each data set's own, and more for --preset
 }
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10)
 SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # of images that are not scaled
-OF_A_CALL = {"checkpoint", "resume", "out", "device", "evaluate", "experiments", "quick", "bf16"}
+DATASETS = [*SIZES, "cars"]  # others are folders
+UNSET = dict(  # flags that are of one call, as they are when they are not typed
+    out=None, resume=None, checkpoint=None, evaluate=False, experiments=False, quick=False,
+    t_max=None, classes=None)
+OF_A_CALL = {*UNSET, "device", "bf16"}  # a checkpoint does not keep these
 OF_SAMPLING = {"sampler", "sampling_steps", "variance", "num_samples", "guidance", "w", "t_max",
-               "classes"}
+               "classes", "evaluate", "experiments", "device", "data_dir"}
 
-def data_set(text):
-    """argparse's type for --dataset. A folder's whole path is kept, so that any place can
-    resume."""
-    if text in ("", "cars", *SIZES) or not Path(text).is_dir():
-        return text
-    return str(Path(text).resolve())
+def positive(text):
+    """argparse's type for a number of things."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
-def makes_sense(name, value):
-    """Whether a typed value can be meant: names are not empty (as an unset variable's is), numbers
-    are finite, and counts start at 1."""
-    if isinstance(value, str):
-        return value.strip() != ""
-    if isinstance(value, float):
-        return math.isfinite(value) and (name != "lr" or value > 0)
-    least = {"seed": 0, "T": 2}.get(name, 1)
-    return isinstance(value, bool) or least <= value < 2 ** 32
+def not_empty(text):
+    """argparse's type for names. An unset variable, as in --out "$UNSET", gives an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+def open_device(name):
+    """Compute something on the device: one that is not there ends the run here.  -> its name"""
+    try:
+        torch.zeros(2, device=name).sum().item()
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {name}: {str(e).splitlines()[0]}")
+    return name
 
 class HelpFormat(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with the defaults in force, where there are any, and the examples line by line."""
-    def _get_help_string(self, action):
-        if action.default in (None, False):
-            return action.help
-        return super()._get_help_string(action)
+    """--help with the defaults in force, and the examples line by line."""
 
 def add_flags(p):
     """The flags of both image scripts. Their defaults come from a preset or a checkpoint."""
-    device = "mps" if torch.backends.mps.is_available() else "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes have a GPU each
     g = p.add_argument_group("the run")
-    g.add_argument("--out", help="the folder to make for the results (default: a new one in runs/)")
-    g.add_argument("--resume", metavar="FOLDER", help="go on with the training in this folder")
-    g.add_argument("--checkpoint", metavar="FILE", help="draw from this file; needs no other flag")
+    g.add_argument("--out", type=not_empty, help="the folder to make for the results (without it,"
+                   " a new one in runs/)")
+    g.add_argument("--resume", type=not_empty, metavar="FOLDER",
+                   help="go on with the training in this folder")
+    g.add_argument("--checkpoint", type=not_empty, metavar="FILE",
+                   help="draw from this file; needs no other flag")
     g.add_argument("--evaluate", action="store_true", help="--checkpoint: compare with real images")
     g.add_argument("--quick", action="store_true", help="everything once, in seconds; draws noise")
-    g.add_argument("--seed", type=int, default=0, help="of the weights, batches and samples")
-    g.add_argument("--device", default=device, help="cpu, cuda, cuda:1 or mps")
+    g.add_argument("--seed", type=int, help="of the weights, batches and samples")
+    g.add_argument("--device", type=open_device, help="cpu, cuda, cuda:1 or mps")
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", type=data_set, default="digits", help="digits, mnist, cifar10,"
-                   " cars, or the path of a folder of images, in which each folder is a class")
-    g.add_argument("--data-dir", default="data", help="where MNIST, CIFAR-10 and cars are")
-    g.add_argument("--image-size", type=int, help="scale cars, or your images, to such squares")
+    g.add_argument("--dataset", type=not_empty, help="digits, mnist, cifar10, cars, or the path of"
+                   " a folder of images, in which each folder is a class")
+    g.add_argument("--data-dir", help="where MNIST, CIFAR-10 and cars are")
+    g.add_argument("--image-size", type=positive,
+                   help="scale cars, or your images, to such squares")
     g = p.add_argument_group("network")
-    g.add_argument("--channels", type=int, help="channels at full size; twice as many learn more,"
-                   " and take three times as long")
-    g.add_argument("--multipliers", type=int, nargs="+", help="one level for each number, half as"
-                   " large as the one before, with this many times the channels")
+    g.add_argument("--channels", type=positive, help="channels at full size; twice as many learn"
+                   " more, and take three times as long")
+    g.add_argument("--multipliers", type=positive, nargs="+", help="one level for each number, half"
+                   " as large as the one before, with this many times the channels")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=PRESETS, help="settings of another data set or paper")
-    g.add_argument("--T", type=int, help="number of diffusion steps (paper: 1000)")
+    g.add_argument("--T", type=positive, help="number of diffusion steps (paper: 1000)")
     g.add_argument("--schedule", choices=SCHEDULES, help="how fast noise is added (paper: linear)")
-    g.add_argument("--steps", type=int, help="training steps; epochs = steps x batch / images")
-    g.add_argument("--batch", type=int, help="images in a training step")
+    g.add_argument("--steps", type=positive, help="training steps; epochs = steps x batch / images")
+    g.add_argument("--batch", type=positive, help="images in a training step")
     g.add_argument("--lr", type=float, help="learning rate; smaller if the loss is not finite")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of them?")
     g = p.add_argument_group("sampling")
     g.add_argument("--sampler", choices=SAMPLERS, help="ddpm: Algorithm 2; ddim: without noise")
-    g.add_argument("--sampling-steps", type=int, help="steps from noise to image, at most T")
-    g.add_argument("--num-samples", type=int, help="images to draw")
+    g.add_argument("--sampling-steps", type=positive, help="steps from noise to image, at most T")
+    g.add_argument("--num-samples", type=positive, help="images to draw")
     return g
 
-def read_flags(p, argv):
-    """The flags: what was typed, over the settings of a checkpoint or a preset.  -> Namespace"""
+def read_flags(p, argv, **own_defaults):
+    """The flags: what was typed, over the settings of a checkpoint or a preset.  -> Namespace
+
+    p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
     argv = sys.argv[1:] if argv is None else argv
-    words = [word for word in argv if word not in ("-h", "--help")]
-    unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))
-    parsed = vars(p.parse_args(words, unset))
-    typed = {name: value for name, value in parsed.items() if value is not None}
-    for name, value in typed.items():
-        values = value if isinstance(value, list) else [value]
-        if not all(makes_sense(name, item) for item in values):
-            flag = name.replace("_", "-")
-            fail(f"--{flag} {value!r}: it is empty, not finite, or too small or too large")
-    if "out" in typed and Path(typed["out"]).exists():
-        fail(f"--out {typed['out']} is there already; choose a new name, as a run makes its folder")
-    dataset = typed.get("dataset", "digits")
+    typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
+    defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device()}
     if "checkpoint" in typed or "resume" in typed:
-        defaults = settings_of(typed)
+        defaults |= own_defaults | settings_of(typed)
     else:
-        built_in = dataset in SIZES or dataset == "cars"
-        if not built_in and not Path(dataset).is_dir():
-            fail(f"--dataset {dataset}: no such folder, and not digits, mnist, cifar10 or cars")
-        if dataset in SIZES and "image_size" in typed:
-            fail(f"--image-size: {dataset} has images of {SIZES[dataset]} pixels, and keeps them")
-        preset = typed.get("preset", dataset if built_in else "folder")
-        defaults = PRESETS[preset] | {"image_size": SIZES.get(dataset, 64)}
-        if "quick" in typed:
-            defaults |= QUICK | {"image_size": SIZES.get(dataset, 32)}
+        defaults |= own_defaults | preset_of(typed)
     defaults["sampling_steps"] = min(defaults["sampling_steps"], typed.get("T", defaults["T"]))
     p.set_defaults(**defaults)
-    args = p.parse_args(argv)
+    args = p.parse_args(argv, argparse.Namespace(**UNSET))
 
     sizes = [args.image_size // 2 ** level for level in range(len(args.multipliers))]
     if "attention" not in typed:
@@ -1236,10 +1214,6 @@ def read_flags(p, argv):
         fail(f"--sampling-steps {args.sampling_steps}: there are only {args.T} steps")
     if args.batch % WORLD:
         fail(f"--batch {args.batch} cannot be shared evenly by {WORLD} processes")
-    try:
-        torch.zeros(1, device=args.device).sum().item()  # is the device there?
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device}: {str(e).splitlines()[0]}")
     try:
         with torch.device("meta"):  # do the sizes fit each other? this network takes no memory
             UNet((3, args.image_size, args.image_size), args.channels, args.multipliers,
@@ -1250,76 +1224,86 @@ def read_flags(p, argv):
     args.bf16 = fast_in_bfloat16(args.device) and args.predict != "mu"
     return args
 
+def default_device():
+    """The fastest device there is. torchrun's processes have a GPU each."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+def preset_of(typed):
+    """The settings of a new run: those of --preset, else those of its data set."""
+    dataset = typed.get("dataset", "digits")
+    built_in = dataset in DATASETS
+    if not built_in and not Path(dataset).is_dir():
+        fail(f"--dataset {dataset}: no such folder, and not digits, mnist, cifar10 or cars")
+    if dataset in SIZES and "image_size" in typed:
+        fail(f"--image-size: {dataset} has images of {SIZES[dataset]} pixels, and keeps them")
+    preset = typed.get("preset", dataset if built_in else "folder")
+    defaults = PRESETS[preset] | {"image_size": SIZES.get(dataset, 64)}
+    if "quick" in typed:
+        defaults |= QUICK | {"image_size": SIZES.get(dataset, 32)}
+    return defaults
+
 def settings_of(typed):
-    """A checkpoint's settings. Of those, --resume and --checkpoint may change only what the trained
-    network does not depend on."""
+    """A checkpoint's settings. --resume and --checkpoint may change those alone on which the
+    trained network does not depend."""
     if "checkpoint" in typed:
-        path = typed["checkpoint"]
-        free = OF_A_CALL - {"quick"} | OF_SAMPLING | {"seed", "data_dir"}
+        path, free = typed["checkpoint"], {"checkpoint", "out", "seed"}
     else:
-        path = Path(typed["resume"], "checkpoint.pt")
-        free = OF_A_CALL | OF_SAMPLING | {"steps", "lr", "data_dir"}
+        path, free = Path(typed["resume"], "checkpoint.pt"), {"resume", "steps", "lr"}
     run = load_checkpoint(path)
     config = PAPER | run["config"] | {"image_size": run["image_shape"][-1]}
-    for name in typed.keys() - free:
+    for name in typed.keys() - free - OF_SAMPLING:
         if typed[name] != config.get(name):
             flag = name.replace("_", "-")
             fail(f"--{flag} {typed[name]}: {path} was trained with {config.get(name)}")
-    if "resume" in typed and {"checkpoint", "out", "quick"} & typed.keys():
-        fail("--resume goes on in the run's own folder, without --checkpoint, --out and --quick")
     if "resume" in typed and not run.get("net"):
         fail(f"{path} holds weights to draw from (--checkpoint), not a training to go on with")
-    config = {name: value for name, value in config.items() if name not in OF_A_CALL}
-    if "checkpoint" in typed:
-        config |= {"seed": 0, "data_dir": "data"}
     if "checkpoint" in typed and "evaluate" not in typed:
         config["num_samples"] = 64
-    return config
+    return {name: value for name, value in config.items() if name not in OF_A_CALL}
 
 # ------------------------------------------------------------------------------------------ main
 
 # Copied from ddpm_ho_2020.py
 def open_run(args):
     """The data, or None where drawing needs none; and the run, new or from its checkpoint."""
-    if args.checkpoint and RANK > 0:  # one process draws
-        sys.exit()
-    if WORLD > 1 and not args.checkpoint:
-        torch.distributed.init_process_group()
     data = None
+    if WORLD > 1:
+        torch.distributed.init_process_group()
     if not args.checkpoint or args.evaluate:
         data = load_data(args)
     if args.checkpoint or args.resume:
         run = load_checkpoint(args.checkpoint or Path(args.resume, "checkpoint.pt"))
         run["config"] |= {"steps": args.steps, "lr": args.lr}  # --resume may have changed them
+        if data is not None and run["names"] != data.names:
+            names = ", ".join(run["names"])[:200]
+            fail(f"{args.dataset} has other classes than the checkpoint, which has {names}")
     else:
         config = {name: value for name, value in vars(args).items() if name not in OF_A_CALL}
         run = {"script": SCRIPT, "config": config, "image_shape": list(data.images.shape[1:]),
                "names": data.names, "step": 0, "seconds": 0.0, "losses": torch.zeros(0),
                "snapshots": {}}
-    if data is not None and run["names"] != data.names:
-        names = ", ".join(run["names"])[:200]
-        fail(f"{args.dataset} has other classes than the checkpoint, which has {names}")
     return data, run
 
 def open_folder(args, run, data):
     """Find or make the run's folder, and say in one line what is about to run.  -> Path"""
-    default = f"runs/{SCRIPT}-{Path(args.dataset).resolve().name}"
+    name = f"runs/{SCRIPT}-{Path(args.dataset).resolve().name}"
     if args.quick:
-        default += "-quick"
+        name += "-quick"
     if args.checkpoint:
-        default += "-samples"
+        name += "-samples"
     if RANK > 0:  # only the first of torchrun's processes writes
-        return Path(default)
-    args.out = args.resume or str(claim_folder(args.out, default))
-    what = f"{args.dataset}, {'x'.join(str(n) for n in run['image_shape'])}"
+        return Path(name)
+    args.out = args.resume or str(claim_folder(args.out, name))
+    shape = "x".join(str(n) for n in run["image_shape"])
+    params = sum(weight.numel() for weight in run["ema"].values()) / 1e6
+    print(f"{args.dataset}, {shape}, {params:.2f} M parameters, on {args.device}; results in"
+          f" {args.out}", flush=True)
     if data is not None:
         counts = data.labels.bincount(minlength=len(data.names)).tolist()
         classes = [f"{name} {n}" for name, n in zip(data.names, counts)]
-        what += f": {len(data.images)} images, by class: {', '.join(classes[:15])}"
-    if args.flip and not args.checkpoint:
-        what += ", half of them mirrored"
-    params = sum(weight.numel() for weight in run["ema"].values()) / 1e6
-    print(f"{what}; {params:.2f} M parameters, on {args.device}; results in {args.out}", flush=True)
+        print(f"{len(data.images)} images, by class: {', '.join(classes[:15])}", flush=True)
     return Path(args.out)
 
 def finish(args, run, measured, lines):
@@ -1350,27 +1334,19 @@ def finish(args, run, measured, lines):
 
 def run_from_shell():
     """main(get_args()), with one line and exit status 2 for what a user can cause."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's streams lack it
-            stream.reconfigure(errors="replace")  # an old console cannot print ᾱ
     args = get_args()
     try:
         main(args)
     except KeyboardInterrupt:
-        path = Path(args.out or "", "checkpoint.pt")
-        if args.checkpoint:
-            fail("stopped by Ctrl-C")
-        if not path.is_file():
-            fail("stopped by Ctrl-C, before a checkpoint: the first is written after a minute")
+        if args.checkpoint or not Path(args.out or "", "checkpoint.pt").is_file():
+            fail("stopped by Ctrl-C. There is no checkpoint: the first is written after a minute")
         fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
-             f" the last checkpoint: python {SCRIPT}.py --checkpoint {path}")
+             f" the last checkpoint: python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
     except OSError as e:  # no space left, no permission
         fail(e)
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        fail(f"out of memory: take a smaller --batch (now {args.batch}), --num-samples"
-             f" ({args.num_samples}) or --image-size ({args.image_size})")
+    except torch.cuda.OutOfMemoryError:
+        fail(f"the GPU's memory is full: take a smaller --batch (now {args.batch}), --channels"
+             f" ({args.channels}) or --image-size ({args.image_size})")
 
 # Not copied: the flags of guidance, and the run.
 LINES = """
@@ -1385,24 +1361,27 @@ def get_args(argv=None):
         epilog="examples:\n  python ddpm_conditional_cfg.py --dataset mnist\n"
                "  python ddpm_conditional_cfg.py --dataset photos    (a folder for each class)\n"
                "  python ddpm_conditional_cfg.py --checkpoint assets/mnist_cfg.pt --classes 3 7",
-        formatter_class=HelpFormat, allow_abbrev=False)
+        formatter_class=HelpFormat, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     add_flags(p)
     g = p.add_argument_group("labels and guidance")
-    g.add_argument("--labels", choices=["body", "model"], default="body",
+    g.add_argument("--labels", choices=["body", "model"],
                    help="the classes of cars: 9 body types, or 196 models")
-    g.add_argument("--p-uncond", type=float, default=0.1,
-                   help="share of the labels that are dropped in training (paper: 0.1)")
+    g.add_argument("--p-uncond", type=float, help="share of the labels that are dropped in training"
+                   " (paper: 0.1); 0 trains the conditional model alone, 1 the unconditional one")
     g.add_argument("--guidance", choices=["free", "classifier", "both"], nargs="+",
-                   default=["free"], help="free: by Eq. (6); classifier: by a classifier, of the"
+                   help="free: by Eq. (6); classifier: by a classifier, of the"
                    " model without a label; both: the same of the model with the label")
-    g.add_argument("--w", type=float, nargs="+", default=[-1, 0, 0.1, 0.3, 1, 4],
+    g.add_argument("--w", type=float, nargs="+",
                    help="weights: 0 is no guidance; more makes the class clearer and the images of"
                         " it more alike")
     g.add_argument("--t-max", type=int, help="guide only where t is at most this")
     g.add_argument("--classes", nargs="+", help="names of the classes to draw (default: all)")
-    args = read_flags(p, argv)
+    args = read_flags(p, argv, labels="body", p_uncond=0.1, guidance=["free"],
+                      w=[-1, 0, 0.1, 0.3, 1, 4])
     if not 0 <= args.p_uncond <= 1:
         fail(f"--p-uncond {args.p_uncond} is a share, from 0 to 1")
+    if args.p_uncond in (0, 1):  # guidance needs both models: with one of them, draw from that one
+        args.guidance, args.w = ["free"], [-args.p_uncond]
     return args
 
 def labels_to_draw(args, names):
@@ -1414,27 +1393,6 @@ def labels_to_draw(args, names):
         fail(f"--classes {' '.join(unknown)}: the classes are {', '.join(names)[:300]}")
     y = torch.tensor([names.index(name) for name in args.classes or names], device=args.device)
     return y.repeat(args.num_samples)[:args.num_samples]
-
-def possible_draws(args, classifier_there):
-    """The (kind of guidance, w) that can be drawn. A network that has never seen ∅ (p_uncond = 0)
-    has no ε_θ(x, t, ∅), and one that has seen no label (p_uncond = 1) no ε_θ(x, t, y)."""
-    draws, left_out = [], []
-    for kind, w in itertools.product(args.guidance, sorted(args.w)):
-        needs_null = kind == "classifier" or (kind == "free" and w != 0)
-        needs_label = kind == "both" or (kind == "free" and w != -1)
-        untrained = (needs_null and args.p_uncond == 0) or (needs_label and args.p_uncond == 1)
-        if untrained or (kind != "free" and not classifier_there):
-            left_out.append(f"{kind} w = {w:g}")
-        else:
-            draws.append((kind, w))
-    why = f"p_uncond was {args.p_uncond}"
-    if not classifier_there:
-        why += ", and there is no classifier.pt"
-    if not draws:
-        fail(f"nothing of --guidance {' '.join(args.guidance)} --w {args.w} can be drawn: {why}")
-    if left_out:
-        print(f"left out: {', '.join(left_out)}; {why}")
-    return draws
 
 def guide(kind, eps_theta, classifier, s, y, K, w, t_max):
     """The ε of one kind of guidance, for the labels y.  -> a callable of x, t"""
@@ -1498,18 +1456,15 @@ def main(args):
     data, run = open_run(args)
     names, K = run["names"], len(run["names"])
     y = labels_to_draw(args, names)
+    classifier = None
     if args.checkpoint:
         eps_theta, s, _, _ = load(args.checkpoint, args.device)
-        classifier = None
         if args.guidance != ["free"]:
             classifier = load_classifier(args.checkpoint, args.device)
-        draws = possible_draws(args, classifier is not None)
         out = open_folder(args, run, data)
     else:
-        draws = possible_draws(args, True)
         eps_theta, s, out = train_network(args, run, data)
-        classifier = None
-        if any(kind != "free" for kind, _ in draws):
+        if args.guidance != ["free"]:
             classifier = train_classifier(args, run, s, data, out / "classifier.pt")
         leave_torchrun()
         draw_loss(out / "loss.png", run["losses"])
@@ -1520,9 +1475,9 @@ def main(args):
         rows.append(("real", real_like(data, y[:n], args.seed)))
     if judge is not None:
         print("guidance          w   Fréchet distance   label accuracy   classifier score")
-    sweeps = {kind: [] for kind, _ in draws}
-    kept_kind, kept_w = min(draws, key=lambda draw: (draw[0] != draws[0][0], abs(draw[1])))
-    for kind, w in draws:
+    sweeps = {kind: [] for kind in args.guidance}
+    kept_w = min(args.w, key=abs)
+    for kind, w in itertools.product(args.guidance, sorted(args.w)):
         def theta_of(first, last, kind=kind, w=w):
             return guide(kind, eps_theta, classifier, s, y[first:last], K, w, args.t_max)
         images, frames = sample(args, s, run["image_shape"], theta_of, len(y))
@@ -1532,10 +1487,10 @@ def main(args):
             print(ROW.format(kind=kind, **row))
         sweeps[kind].append(row)
         rows.append((f"{kind}, w = {w:g}", images[:n]))
-        if (kind, w) == (kept_kind, kept_w):  # the least |w|, for samples.npz and the film
+        if (kind, w) == (args.guidance[0], kept_w):  # for samples.npz and the film
             kept, kept_frames = images, frames
     for kind, sweep in sweeps.items():
-        metrics["sweep" if kind == draws[0][0] else f"sweep_{kind}"] = sweep
+        metrics["sweep" if kind == args.guidance[0] else f"sweep_{kind}"] = sweep
     metrics = finish(args, run, metrics, LINES)
     arrays = kept.permute(0, 2, 3, 1).cpu().numpy()  # N, H, W, C, as tools for FID read it
     np.savez_compressed(out / "samples.npz", arrays, y.cpu().numpy())

@@ -46,9 +46,9 @@ def register(make_beta):
 def beta_of_alpha_bar(alpha_bar, largest=0.999):
     """The β that leads to a given ᾱ: β_t = 1 - ᾱ_t / ᾱ_{t-1}.  ᾱ_0..ᾱ_T, (T+1,) -> β_0..β_T, (T+1,)
 
-    Where ᾱ_T is 0, β_T would be 1. Then x_T would hold nothing of x_0, and a network's guess of the
-    image, which divides by √ᾱ_T, would be infinite. So β is at most 0.999, as in Nichol & Dhariwal
-    2021."""
+    Where ᾱ_T is 0, β_T would be 1. Then x_T would hold nothing of x_0. A network that predicts the
+    noise makes its guess of the image by dividing by √ᾱ_T (DDPM Eq. (15)), which would be 0. So β
+    is at most 0.999, as in Nichol & Dhariwal 2021."""
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
     return F.pad(beta.clamp(max=largest), (1, 0))  # puts β_0 = 0 in front
 
@@ -60,9 +60,10 @@ def time_from_0_to_1(T):
 def linear(T):
     """β_t evenly spaced from 1e-4 to 0.02 for T = 1000.  Ho et al. 2020, Sec. 4.
 
-    For another T each β is multiplied by 1000 / T, so that fewer steps take away about as much in
-    all: ᾱ_T is about exp(-Σ β_t). It is 4e-5 at T = 1000, 2e-5 at T = 100 and 4e-6 at T = 40. Each
-    β is at most 0.999."""
+    For another T each β is multiplied by 1000 / T. Then Σ β_t is the same for every T, and fewer
+    steps take away about as much in all: log ᾱ_T = Σ log(1 - β_t) is about -Σ β_t, or somewhat less
+    where β is large. So ᾱ_T is 4e-5 at T = 1000, 2e-5 at T = 100 and 4e-6 at T = 40. Each β is at
+    most 0.999."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     return F.pad(beta.clamp(max=0.999), (1, 0))
 
@@ -91,7 +92,9 @@ def cosine(T):
 
 @register
 def sigmoid(T):
-    """ᾱ_t falls as a sigmoid does, stretched to go from 1 to 0.  Jabri et al. 2022, τ = 1."""
+    """ᾱ_t falls as the sigmoid of -(6 t/T - 3) / τ, stretched to go from 1 to 0.
+
+    Jabri et al. 2022. From -3 to 3 and τ = 1 are their choice."""
     v = torch.sigmoid(6 * time_from_0_to_1(T) - 3)
     return beta_of_alpha_bar((v[-1] - v) / (v[-1] - v[0]))
 
@@ -102,7 +105,8 @@ def geometric(T):
     Theirs are numbered the other way: their σ_1 is the largest.
     They add noise without shrinking the data: x_0 + σ_t z. Dividing this by √(1 + σ_t²) makes it a
     process of our kind, with ᾱ_t = 1 / (1 + σ_t²). In 2019 their σ ended at 1, which would leave
-    0.71 of the signal in x_T. The 50 is of their paper of 2020, for CIFAR-10."""
+    0.71 of the signal in x_T. The 50 is of their paper of 2020, for CIFAR-10. Their images lie in
+    [0, 1]; in images from -1 to 1, like ours, the same σ is half as much noise."""
     sigma = torch.logspace(-2, math.log10(50), T, dtype=torch.float64)
     sigma = F.pad(sigma, (1, 0))  # σ_0 = 0
     return beta_of_alpha_bar(1 / (1 + sigma ** 2))
@@ -235,7 +239,8 @@ def main(args):
     x = torch.tensor(x) / 8 - 1  # grey levels 0..16 -> [-1, 1]
     roll, angle = make_swiss_roll(2000, noise=0.02, random_state=args.seed)
     roll = torch.tensor(scale(roll[:, [0, 2]]))  # (2000, 2), of variance 1
-    piece = 10 * angle.argsort().argsort() // len(angle)  # ten pieces of the spiral
+    rank = angle.argsort().argsort()  # argsort twice: how many points come before this one?
+    piece = 10 * rank // len(angle)  # ten pieces of the spiral, of 200 points each
     torch.manual_seed(args.seed)
     eps, eps_roll = torch.randn_like(x[-500:]), torch.randn_like(roll)  # the same noise for all
 

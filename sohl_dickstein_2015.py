@@ -23,8 +23,8 @@ over t of log p(x_{t-1} | x_t) / q(x_t | x_{t-1}). By Bayes' rule, for t ≥ 2,
 The first factor makes the KL of each step. Of the others, when their logarithms are added up, all
 cancel but the entropies of the last and of the first step. The sum starts at t = 2 because the
 last step p(x_0 | x_1) is not learned; `reverse` says why. DDPM's bound, its Eq. (5), is the same
-with the opposite sign, but for a last step that is learned: its L_T and L_0 are here the three
-entropies.
+with the opposite sign, but for a last step that is learned. Its L_T is here
+H_p(X_T) - H_q(X_T|X_0), and its L_0 is H_q(X_1|X_0).
 
 Eq. (14) assumes that -E log π(x_t) is the same for every t, and so equals H_p(X_T), the entropy of
 π. This is why the Swiss roll is standardised: each coordinate has mean 0 and variance 1, as under
@@ -127,8 +127,10 @@ def gaussian_p(s, xt, t, moments):
     Think of drawing x_{t-1} in two steps: first x_0 given x_t, then x_{t-1} from
     N(a_t x_0 + b_t x_t, β̃_t I). By the law of total variance, the covariance of the result is the
     mean of the second step's covariance, β̃_t I, plus the covariance of its mean, a_t² S. Among all
-    Gaussians, the one with this mean and covariance has the smallest KL in Eq. (14), whatever the
-    distribution of x_0 given x_t.
+    Gaussians, the one with this mean and covariance has the smallest KL in Eq. (14) on average over
+    x_0 given x_t, whatever its distribution: the average of KL(q(x_{t-1} | x_t, x_0) || p) is
+    KL(q(x_{t-1} | x_t) || p) and a constant, and a Gaussian is nearest to a distribution if it has
+    the same mean and covariance.
 
         x_prev = gaussian_p(s, xt, t, net(xt, extract(s.alpha_bar, t, xt))).sample()
 
@@ -222,7 +224,7 @@ def kl_and_entropies(kind, s, net, x0, t):
 
         H_q(X_T|X_0) - H_q(X_1|X_0) - H_p(X_T)
 
-    x0 (B, D);  t (B,) in 2..T.  -> (B,), (B,)"""
+    x0 (B, D), float64;  t (B,) in 2..T.  -> (B,), (B,)"""
     alpha_bar = extract(s.alpha_bar, t, x0)
     q = kind.q(x0, alpha_bar)
     # rsample draws as sample does, but lets the gradient pass to β: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
@@ -247,12 +249,14 @@ def K_estimate(s, kl, entropies):
 def at_every_step(measure, kind, s, net, x0, seed=0):
     """Call measure(kind, s, net, x0, t) for t = 2..T.  -> its outputs, (number of outputs, T-1, B)
 
-    measure is kl_and_entropies or entropy_of_step."""
-    torch.manual_seed(seed)
+    measure is kl_and_entropies or entropy_of_step. The same seed draws the same x_t, so that two
+    networks compare. Random numbers outside are not touched, so it may be called while training."""
     outputs = []
-    for step in tqdm(range(2, s.T + 1), "measuring", leave=False):
-        t = torch.full((len(x0),), step, device=x0.device)
-        outputs.append(torch.stack(measure(kind, s, net, x0, t)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for step in tqdm(range(2, s.T + 1), "measuring", leave=False):
+            t = torch.full((len(x0),), step, device=x0.device)
+            outputs.append(torch.stack(measure(kind, s, net, x0.double(), t)))
     return torch.stack(outputs, 1)
 
 def evaluate(kind, s, net, x0, seed=0):
@@ -261,7 +265,7 @@ def evaluate(kind, s, net, x0, seed=0):
         K, kl_of_step = evaluate(GAUSSIAN, s, net, x0)
         print(K.mean())  # how good the model is: compare it with the ceiling, -H(X_0)
 
-    x0 (B, D) -> (B,), (T-1,) for t = 2..T"""
+    x0 (B, D), of any floating type -> (B,), (T-1,) for t = 2..T"""
     kl, entropies = at_every_step(kl_and_entropies, kind, s, net, x0, seed)
     return K_estimate(s, kl.mean(0), entropies[0]), kl.mean(1)
 
@@ -343,8 +347,11 @@ def given(net, y, precision, xt, alpha_bar):
         p(x_0 | x_t, y) = p(x_0 | x_t) r(x_0) / Z
 
     because y depends on x_0 alone. Average q(x_{t-1} | x_t, x_0) over this x_0, as p does. Given
-    x_{t-1}, x_0 does not depend on x_t any more, so E[r(x_0) | x_{t-1}, x_t] is a function of
-    x_{t-1} alone, and the average is
+    x_{t-1}, x_0 does not depend on x_t any more. So by Bayes' rule
+
+        q(x_{t-1} | x_t, x_0) p(x_0 | x_t) = p(x_{t-1} | x_t) p(x_0 | x_{t-1})
+
+    Multiply both sides by r(x_0), and integrate over x_0:
 
         p(x_{t-1} | x_t, y) = p(x_{t-1} | x_t) r(x_{t-1}) / Z(x_t)
 
@@ -373,9 +380,15 @@ def entropy_of_step(kind, s, net, x0, t):
         H_q(X_t|X_{t-1}) + H_q(X_{t-1}|X_0) - H_q(X_t|X_0)  ≤  H_q(X_{t-1}|X_t)  ≤  H_q(X_t|X_{t-1})
 
     The left side is H_q(X_{t-1}|X_t,X_0): to know x_0 as well can only lower an entropy. The right
-    inequality holds if H_q(X_{t-1}) ≤ H_q(X_t), which is true of standardised data and of bits of
-    rate ρ. If the moments are exact, the mean entropy of p lies between the two. It exceeds the
-    left side by the KL of step t in Eq. (14).
+    inequality holds if H_q(X_{t-1}) ≤ H_q(X_t). This is true of standardised data and of bits of
+    rate ρ: there E log π(x_t) is the same for all t, so H_q(X_t) can only grow as
+    KL(q(x_t) || π) falls, and a step that keeps π can only bring q nearer to it.
+
+    If the moments are exact, the mean entropy of p exceeds the left side by the KL of step t in
+    Eq. (14), because E -log p then depends on q only through the moments, and is the entropy of p.
+    It is at most the right side, too. For the roll: the guess √ᾱ_t x_t of x_0 has errors of
+    variance 1 - ᾱ_t, so S is at most that on average, and S = (1 - ᾱ_t) I makes f_sigma = β_t I,
+    the covariance of a step of q. For bits: p knows all of x_t, and a step of q one bit.
 
         left, ours, right = entropy_of_step(GAUSSIAN, s, net, x0, t)
 
@@ -583,18 +596,14 @@ def claim_folder(name, default):
     """Make the folder of a new run: the one called name or, without a name, the first that is free
     of default, default-2, default-3, ...  mkdir fails where there is one already, so that two runs
     that start at once never share a folder, and nothing of another run is touched.  -> Path"""
-    folder, n = Path(name or default), 1
-    while True:
+    names = [name] if name else [default] + [f"{default}-{n}" for n in range(2, 10_000)]
+    for folder in map(Path, names):
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if name:
-                fail(f"--out {name} is there already; choose a new name, as a run makes its folder")
-        except OSError as e:
-            fail(f"--out {folder}: {e.strerror}")
-        n += 1
-        folder = Path(f"{default}-{n}")
+            continue
+    fail(f"--out {folder} is there already; choose a new name, as a run makes its folder")
 
 # Not copied: what the flags may be.
 def positive(text):

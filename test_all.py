@@ -1203,16 +1203,14 @@ def test_body_types_of_cars():
                         ("GMC Canyon Extended Cab 2012", "Cab")):
         assert ddpm.body_of(model) == body
 
-def test_folders_are_classes(capsys):
+def test_folders_are_classes():
     """The first level is the class, in natural order; hidden names and links are left out."""
     write_images("pets/10/images/0.JPEG", "pets/10/1.png", "pets/2/a/b/2.png", "pets/2/3.Png",
                  "pets/.ipynb_checkpoints/4.png", "pets/2/@eaDir/5.png", "pets/__MACOSX/6.png")
     Path("pets/2/up").symlink_to(Path("pets").absolute())
-    Path("pets/2/photo.heic").write_text("")
     Path("pets/empty").mkdir()
     found, names = load("--dataset=pets")
     assert names == ["2", "10"] and found == {0: "10", 1: "10", 2: "2", 3: "2"}
-    assert "{'.heic': 1}" in capsys.readouterr().out
     write_images("flat/0.png", "flat/1.png")
     assert load("--dataset=flat") == ({0: "flat", 1: "flat"}, ["flat"])
 
@@ -1231,54 +1229,45 @@ def test_pixels_that_a_library_would_clip(capsys):
     shades = torch.cat([data.images, data.held_out]).float().mean((1, 2, 3)).tolist()
     assert sorted(shades) == [100, 255]
     err = capsys.readouterr().err
-    assert all(f"/images/{name}: " in err for name in ("1.tif", "2.tif", "4.jpg"))
+    assert all(f"images/{name}: " in err for name in ("1.tif", "2.tif", "4.jpg"))
 
-@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_photographs_stand_upright(orientation):
-    """Whatever a camera's orientation tag says; decoded small (draft) and cropped in the middle."""
-    v, u = np.mgrid[:600, :400]
-    pixels = np.stack([255 * u / 400, 255 * v / 600, 0 * u + 90], 2).astype(np.uint8)
-    photo = Image.fromarray(pixels)
-    back = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
-    stored = photo if orientation == 1 else photo.transpose(ddpm.TURN[back])
+def test_photographs_stand_upright():
+    """A camera that was turned says so in its file."""
+    stored = Image.fromarray(np.arange(50 * 40, dtype=np.uint32).reshape(50, 40) // 8 % 256)
     exif = Image.Exif()
-    exif[0x112] = orientation
-    stored.save("photo.jpg", quality=95, exif=exif)
-    exact = np.array(photo.crop((0, 100, 400, 500)).resize((24, 24), Image.Resampling.BICUBIC))
-    x = ddpm.read_image("photo.jpg", None, 24)
-    assert np.abs(x.astype(float) - exact).max() < 8
+    exif[0x112] = 6  # turned a quarter
+    stored.convert("L").save("photo.png", exif=exif)
+    x = ddpm.read_image("photo.png", None, 40)[:, :, 0]
+    assert np.array_equal(x, np.rot90(np.asarray(stored.convert("L")), -1)[:, 5:45])
 
 MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE its checkpoint
-    "--T=0": "--T", "--steps=-1": "--steps", "--batch=0": "--batch", "--seed=-1": "--seed",
-    "--num-samples=0": "--num-samples", "--T=x": "--T.*int", "--lr=x": "--lr.*float",
-    "--lr=nan": "--lr", "--lr=-1": "--lr", "--T=1": "--T", "--seed=4294967296": "--seed",
-    "--multipliers 1 0": "--multipliers",
-    "--schedule=liner": "liner.*cosine", "--sampler=x": "--sampler.*ddim", "--bogus=1": "bogus",
-    "--device=tpu": "--device tpu", "--device=cuda:7": "--device cuda:7", "--step=3": "--step=3",
+    "--T=0": "--T", "--steps=-1": "--steps", "--batch=0": "--batch", "--T=x": "--T.*positive",
+    "--num-samples=0": "--num-samples.*less than 1", "--lr=x": "--lr.*float",
+    "--multipliers 1 0": "--multipliers", "--schedule=liner": "liner.*cosine",
+    "--sampler=x": "--sampler.*ddim", "--bogus=1": "bogus", "--step=3": "--step=3",
+    "--device=tpu": "--device tpu", "--device=cuda:7": "--device cuda:7",
     "--preset=large": "--preset.*paper", "--sampling-steps=2000": "only 1000 steps",
     "--channels=10": "10 channels", "--multipliers 1 1 1 1 1": "8x8 cannot be halved 4 times",
     # empty is not a default
-    "--dataset=": "--dataset ''", "--checkpoint=": "--checkpoint ''", "--out=": "--out ''",
-    "--resume=": "--resume ''",
+    "--dataset=": "--dataset: .*empty", "--checkpoint=": "--checkpoint: .*empty",
+    "--out=": "--out: .*empty", "--resume=": "--resume: .*empty",
     # data
     "--dataset=mnits": "mnits: no such folder, and not digits", "--dataset=one": "only 1 of 1",
     "--dataset=empty": "only 0 of 0 images", "--dataset=images --image-size=30": "30x30",
     "--dataset=cars --data-dir=images": "no Stanford Cars in images.*7545",
-    "--dataset=cars --data-dir=bad": "cars_meta.mat or cars_train_annos.mat is damaged",
-    "--dataset=mnist --data-dir=file": "mnist can neither be read from file/MNIST/raw nor",
-    "--dataset=mnist --data-dir=truncated": "mnist can neither.*one is damaged",
+    "--dataset=mnist --data-dir=file": "mnist can neither be read from file nor",
+    "--dataset=mnist --data-dir=truncated": "mnist can neither.*damaged",
     "--dataset=mnist --image-size=32": "--image-size: mnist",
     # folders and checkpoints
-    "--out=RUN": "RUN is there already", "--out=file/a": "--out file/a",
+    "--out=RUN": "RUN is there already",
     "--checkpoint=nowhere.pt": "nowhere.pt: there is no such file",
     "--checkpoint=file": "file is damaged", "--resume=nowhere": "nowhere/checkpoint.pt: there",
     "--checkpoint=FILE --schedule=linear": "--schedule linear.*was trained with",
     "--checkpoint=FILE --T=50": "--T 50.*was trained with",
     "--checkpoint=FILE --dataset=images": "images: RUN/.* was trained with digits",
     "--checkpoint=FILE --steps=9": "--steps", "--checkpoint=FILE --channels=32": "--channels 32",
-    "--resume=RUN --lr=1 --batch=7": "--batch 7", "--resume=RUN --out=b": "own folder",
-    "--resume=RUN --dataset=images": "--dataset .*images",
-    "--resume=RUN --preset=mnist": "--preset"}
+    "--resume=RUN --lr=1 --batch=7": "--batch 7", "--resume=RUN --out=b": "--out b",
+    "--resume=RUN --checkpoint=FILE": "--resume RUN", "--resume=RUN --preset=mnist": "--preset"}
 MISTAKES = {
     ddpm: MISTAKES_OF_BOTH | {
         "--w=2": "--w", "--attention=5": r"attention at \[5\].*\[8, 4\]",
@@ -1287,8 +1276,8 @@ MISTAKES = {
     cfg: MISTAKES_OF_BOTH | {
         "--p-uncond=1.5": "--p-uncond 1.5", "--classes 3 12": "--classes 12: the classes are 0, 1",
         "--guidance=x": "--guidance.*both", "--dataset=images": "guidance needs two classes",
-        "--p-uncond=0 --w 2": "can be drawn: p_uncond was 0", "--w=nan": "--w", "--w=x": "--w",
-        "--sampler=langevin": "ddim", "--checkpoint=ASSET --guidance=both": "no classifier.pt"}}
+        "--w=x": "--w",
+        "--sampler=langevin": "ddim", "--checkpoint=ASSET --guidance=both": "classifier.pt: there"}}
 EVERY_MISTAKE = [(script, flags) for script, own in MISTAKES.items() for flags in own]
 
 @pytest.mark.parametrize("script, flags", EVERY_MISTAKE)
@@ -1298,9 +1287,7 @@ def test_users_mistakes(quick, fails, monkeypatch, script, flags):
         shutil.copytree(quick(script)[0], "RUN")
     Path("empty").mkdir()
     Path("file").write_text("text")
-    write_images("one/0.png", "images/0.png", "images/1.png", "bad/cars_train/0.jpg")
-    for name in ("cars_train_annos.mat", "cars_meta.mat"):
-        Path("bad", name).write_bytes(b"text")
+    write_images("one/0.png", "images/0.png", "images/1.png")
     if "truncated" in flags:
         write_mnist()
         Path("mnist").rename("truncated")
@@ -1341,27 +1328,19 @@ def test_other_classes_than_the_checkpoints(no_pictures, fails, script):
     fails(script, "--resume=a --steps=4", "images has other classes than the checkpoint.*cat, dog")
 
 @pytest.mark.parametrize("error, line", [
-    (MemoryError(), "out of memory.*--batch"), (RuntimeError("CUDA out of memory."), "--batch"),
-    (KeyboardInterrupt(), "stopped by Ctrl-C, before a checkpoint"),
-    (OSError(28, "No space"), "No space"), (RuntimeError("shapes"), None), (KeyError("ema"), None)])
+    (torch.cuda.OutOfMemoryError(), "memory is full.*--batch"), (OSError(28, "No room"), "No room"),
+    (KeyboardInterrupt(), "stopped by Ctrl-C. There is no checkpoint"), (KeyError("ema"), None)])
 @both
-def test_from_the_shell(script, error, line, monkeypatch):
-    """What a user can cause is one line, a bug keeps its traceback; an old console is enough."""
+def test_from_the_shell(script, error, line, monkeypatch, capsys):
+    """What a user can cause is one line; a bug keeps its traceback."""
     def main(args):
-        print("█ ε ∅ 写真")
         raise error
-    err = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(script, "main", main)
-    monkeypatch.setattr(script, "get_args", lambda: argparse.Namespace(
-        out=None, checkpoint=None, batch=1, num_samples=1, image_size=1))
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # like a notebook's, it has no reconfigure
-    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "argv", ["script", "--device=cpu"])
     with pytest.raises(SystemExit if line else type(error)) as e:
         script.run_from_shell()
-    err.flush()
     if line:
-        assert e.value.code == 2
-        assert re.fullmatch(rf"error: .*{line}.*\n", err.buffer.getvalue().decode("cp1252"))
+        assert e.value.code == 2 and re.fullmatch(f"error: .*{line}.*\n", capsys.readouterr().err)
 
 # ----------------------------------------------------------- second acts: training and whole runs
 
@@ -1370,8 +1349,9 @@ FEW = {ddpm: "--num-samples=20", cfg: "--num-samples=10 --sampling-steps=2 --w=1
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Where they are not what is tested: nothing is drawn, in a tenth of the time."""
-    for script, name in itertools.product((ddpm, cfg), ("draw_table", "draw_film", "draw_curve")):
+    for script, name in itertools.product((ddpm, cfg), ("draw_table", "draw_curve")):
         monkeypatch.setattr(script, name, lambda *_: None)
+    monkeypatch.setattr(cfg, "draw_film", lambda *_: None)
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
@@ -1387,9 +1367,9 @@ def quick(tmp_path_factory):
 @both
 def test_a_quick_run_and_the_same_from_its_checkpoint(quick, script):
     out, m, told = quick(script)
-    written = {"metrics.json", "checkpoint.pt", "samples.npz", "samples.png", "reverse.gif",
-               "reverse.png", "loss.png", "training.png"}
-    assert files(out) == written | {"progressive.png" if script is ddpm else "classifier.pt"}
+    written = "metrics.json checkpoint.pt samples.npz samples.png loss.png training.png "
+    written += "progressive.png" if script is ddpm else "classifier.pt reverse.gif reverse.png"
+    assert files(out) == set(written.split())
     assert m == json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     keys = "dataset seed device torch steps params seconds_train loss config"
     assert set(keys.split()) <= m.keys() and m["steps"] == 30 and 0 < m["loss"] < 0.9
@@ -1402,8 +1382,9 @@ def test_a_quick_run_and_the_same_from_its_checkpoint(quick, script):
     assert all(np.array_equal(arrays[k], others[k]) for k in arrays)
     assert arrays["arr_0"].shape == (100, 8, 8, 1) and arrays["arr_0"].std() > 0
     assert script is ddpm or arrays["arr_1"].tolist() == list(range(10)) * 10
-    frames = Image.open(out / "reverse.gif")
-    assert frames.info["loop"] == 0 and frames.n_frames > 5
+    if script is cfg:
+        frames = Image.open(out / "reverse.gif")
+        assert frames.info["loop"] == 0 and frames.n_frames > 5
 
 @both
 def test_load_gives_what_a_notebook_needs(quick, script):
@@ -1484,7 +1465,7 @@ script.main(script.get_args(sys.argv[3:]))"""
 def test_processes(fails, monkeypatch):
     """A run killed while saving and resumed is the uninterrupted run; and torchrun trains."""
     flags = "--quick --channels=8 --steps=5 --batch=8 --device=cpu --flip"
-    environment = {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     shell = partial(subprocess.Popen, env=os.environ | environment, stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT)
     of = {ddpm: f"{flags} {FEW[ddpm]} --predict=x0", cfg: f"{flags} {FEW[cfg]} --guidance=both"}
@@ -1560,16 +1541,12 @@ def test_a_run_claims_a_new_folder(no_pictures, script):
     assert outs == [name, f"{name}-2", f"{name}-3"]
     assert all(path.read_bytes() == content for path, content in before.items())
 
-def test_a_resumed_run_remembers_what_it_was_told(no_pictures, tmp_path, monkeypatch):
-    """Its new --steps and --lr are kept, and its data are found from another folder."""
-    write_images(*(f"images/{i}.png" for i in range(5)))
-    few = "--image-size=8 --multipliers 1 --channels=4 --num-samples=2 --sampling-steps=2"
-    run(ddpm, f"--quick --dataset=images {few} --steps=2 --out=a")
-    Path("elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    run(ddpm, "--resume=../a --steps=4 --lr=1e-4 --num-samples=2 --sampling-steps=2")
-    args = args_of(ddpm, "--resume=../a")
-    assert (args.steps, args.lr, read("../a/checkpoint.pt")["step"]) == (4, 1e-4, 4)
+def test_a_resumed_run_remembers_what_it_was_told(no_pictures):
+    """Its new --steps and --lr are kept."""
+    run(ddpm, "--quick --channels=4 --num-samples=2 --sampling-steps=2 --steps=2 --out=a")
+    run(ddpm, "--resume=a --steps=4 --lr=1e-4 --num-samples=2 --sampling-steps=2")
+    args = args_of(ddpm, "--resume=a")
+    assert (args.steps, args.lr, read("a/checkpoint.pt")["step"]) == (4, 1e-4, 4)
 
 @both
 def test_sampling_by_hand(script):
@@ -1657,35 +1634,19 @@ def test_experiments(monkeypatch):
     assert m["bits_per_dim"] > m["bits_per_dim_rate"] > m["bits_per_dim_L_T"] > 0
     rows, hidden = drawn["inpainting.png"], torch.zeros(8, 8, dtype=torch.bool)
     hidden[2:6, 2:6] = True
-    for name in ("RePaint", "nearest"):
-        error = rows[name].float() - rows["real"].float()
-        rmse = error[:, :, hidden].square().mean().sqrt().item()
-        assert (error[:, :, ~hidden] == 0).all()
-        assert m[f"inpainting_rmse_{name}"] == pytest.approx(rmse)
-    assert 0 <= m["inpainting_kept_RePaint"] <= 1 and (rows["known"][:, :, hidden] == 128).all()
+    error = rows["RePaint"].float() - rows["real"].float()
+    rmse = error[:, :, hidden].square().mean().sqrt().item()
+    assert (error[:, :, ~hidden] == 0).all() and m["inpainting_rmse"] == pytest.approx(rmse)
+    assert 0 <= m["inpainting_kept"] <= 1 and (rows["known"][:, :, hidden] == 128).all()
     m = run(cfg, f"{small} --w 0 1 --num-samples=8 --sampling-steps=2 --out=b")
     assert np.load("b/samples.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert [row["w"] for row in m["sweep"]] == [0, 1]
 
-def test_histogram_code(monkeypatch):
-    """The yardstick of bits/dim: where three of four images are black, black costs log2(4/3)."""
-    monkeypatch.setattr(ddpm, "rate_distortion", lambda *_: ([1.0, 2.0], [3.0]))
-    images = torch.tensor([0, 0, 0, 200], dtype=torch.uint8).repeat(1000)[:, None, None, None]
-    data = argparse.Namespace(images=images, held_out=images[:4])
-    args = argparse.Namespace(seed=0, variance="beta", clip=True)
-    m = ddpm.likelihood(args, None, None, data, Path())
-    entropy = 0.75 * math.log2(4 / 3) + 0.25 * math.log2(4)
-    assert m["bits_per_dim_histogram"] == pytest.approx(entropy, abs=0.01)
-
-@pytest.mark.parametrize("p_uncond, kept", [
-    (0, [("free", 0), ("both", -1), ("both", 0), ("both", 2)]),
-    (1, [("free", -1), ("classifier", -1), ("classifier", 0), ("classifier", 2)])])
-def test_cfg_draws_what_it_has_learned(p_uncond, kept):
-    """Without ∅ no ε(x, ∅), without labels no ε(x, y)."""
-    kinds = ["free", "classifier", "both"]
-    args = argparse.Namespace(guidance=kinds, w=[0, 2, -1], p_uncond=p_uncond)
-    assert cfg.possible_draws(args, True) == kept
-    assert cfg.possible_draws(args, False) == [draw for draw in kept if draw[0] == "free"]
+def test_cfg_draws_what_it_has_learned():
+    """Without ∅ no ε(x, ∅), without labels no ε(x, y): what is left has one w."""
+    for p_uncond, w in ((0, 0), (1, -1)):
+        args = args_of(cfg, f"--p-uncond={p_uncond} --w 1 2 --guidance both")
+        assert (args.guidance, args.w) == (["free"], [w])
 
 def test_cfg_sweep(quick, monkeypatch):
     """A row for each kind and w, with its numbers; w = -1 is one model, whatever guides it."""
