@@ -327,8 +327,8 @@ def ddim_sample(eps_theta, s, x, clip=True):
     """Sample without noise.  Song, Meng & Ermon 2020 (DDIM), Eq. (12) with σ = 0; their α is our ᾱ.
 
     x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂: take x_t apart into image and noise, and mix the
-    same two again at the ratio of t - 1. The same ε_θ serves: L_simple knows only q(x_t | x_0) for
-    each t, not by which steps x_t is reached, and DDIM's process has the same q(x_t | x_0)."""
+    same two again at the ratio of t - 1. The same ε_θ serves: in training it saw only q(x_t | x_0)
+    for each t, not by which steps x_t is reached, and DDIM's process has the same q(x_t | x_0)."""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         x0_hat = predict_x0(s, x, ts, eps_theta(x, ts), clip)
@@ -361,7 +361,7 @@ def subchain(eps_theta, s, steps):
     return short_theta, Schedule(beta).to(s.beta.device)
 
 def as_eps_theta(net, s, predict):
-    """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for any sampler and for the bound.
+    """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them

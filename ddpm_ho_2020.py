@@ -445,7 +445,7 @@ def l_mu(net, s, x0, t, eps):
     return F.mse_loss(net(xt, t), mu_tilde)
 
 def as_eps_theta(net, s, predict):
-    """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for any sampler and for the bound.
+    """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
@@ -471,8 +471,8 @@ def ddim_sample(eps_theta, s, x, clip=True):
     """Sample without noise.  Song, Meng & Ermon 2020 (DDIM), Eq. (12) with σ = 0; their α is our ᾱ.
 
     x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1}) ε̂: take x_t apart into image and noise, and mix the
-    same two again at the ratio of t - 1. The same ε_θ serves: L_simple knows only q(x_t | x_0) for
-    each t, not by which steps x_t is reached, and DDIM's process has the same q(x_t | x_0)."""
+    same two again at the ratio of t - 1. The same ε_θ serves: in training it saw only q(x_t | x_0)
+    for each t, not by which steps x_t is reached, and DDIM's process has the same q(x_t | x_0)."""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         x0_hat = predict_x0(s, x, ts, eps_theta(x, ts), clip)
@@ -1003,13 +1003,19 @@ def draw_samples(out, samples, frames, real):
 
 @torch.no_grad()
 def likelihood(args, eps_theta, s, data, out):
-    """The bound on 128 held-out images in bits/dim, and progressive coding (Sec. 4.3)."""
+    """The bound on 128 held-out images in bits/dim, and progressive coding (Sec. 4.3).
+
+    A yardstick beside it: a code that knows how often each pixel has each grey level in the
+    training images, and nothing else."""
     torch.manual_seed(args.seed)
     images = data.held_out[:128]
     rates, rmse = rate_distortion(eps_theta, s, to_float(images), args.variance, args.clip)
     draw_curve(out / "rate_distortion.png", rates[:-1], rmse, "rate, bits/dim", "RMSE of x̂_0")
+    counts = torch.stack([(data.images == level).sum(0) for level in range(256)])  # (256, C, H, W)
+    p = (counts + 1 / 256) / (len(data.images) + 1)
+    histogram = -p.log2().gather(0, images.long()).mean().item()
     return {"bits_per_dim": rates[-1], "bits_per_dim_rate": rates[-2], "bits_per_dim_L_T": rates[0],
-            "rmse_at_rate": rmse[-1]}
+            "rmse_at_rate": rmse[-1], "bits_per_dim_histogram": histogram}
 
 @torch.no_grad()
 def interpolation(args, eps_theta, s, data, out):
@@ -1234,7 +1240,7 @@ loss                    {loss:.4f}
 Fréchet distance        {frechet:.2f} (real images: {frechet_floor:.2f})
 clearly of a class      {confident_share:.1%} (real images: {confident_share_real:.1%})
 rarest class            {rarest_class_share:.1%} of the samples
-bound                   {bits_per_dim:.2f} bits/dim
+bound                   {bits_per_dim:.2f} bits/dim (histograms: {bits_per_dim_histogram:.2f})
 rate, distortion        {bits_per_dim_rate:.2f} bits/dim, {rmse_at_rate:.2f} of 255
 inpainting, RMSE        {inpainting_rmse:.1f} of 255
 inpainting, recognised  {inpainting_kept:.1%}

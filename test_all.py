@@ -1642,6 +1642,16 @@ def test_experiments(monkeypatch):
     assert np.load("b/samples.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert [row["w"] for row in m["sweep"]] == [0, 1]
 
+def test_histogram_code(monkeypatch):
+    """The yardstick of bits/dim: where three of four images are black, black costs log2(4/3)."""
+    monkeypatch.setattr(ddpm, "rate_distortion", lambda *_: ([1.0, 2.0], [3.0]))
+    images = torch.tensor([0, 0, 0, 200], dtype=torch.uint8).repeat(1000)[:, None, None, None]
+    data = argparse.Namespace(images=images, held_out=images[:4])
+    args = argparse.Namespace(seed=0, variance="beta", clip=True)
+    m = ddpm.likelihood(args, None, None, data, Path())
+    entropy = 0.75 * math.log2(4 / 3) + 0.25 * math.log2(4)
+    assert m["bits_per_dim_histogram"] == pytest.approx(entropy, abs=0.01)
+
 def test_cfg_draws_what_it_has_learned():
     """Without ∅ no ε(x, ∅), without labels no ε(x, y): what is left has one w."""
     for p_uncond, w in ((0, 0), (1, -1)):
