@@ -98,8 +98,8 @@ def cfg_train_step(net, ema, opt, s, x0, y, step, null, p_uncond=0.1, loss=l_cfg
             cfg_train_step(net, ema, opt, s, x0, y, step, null=10)
 
     But for the labels it is DDPM's Algorithm 1. Where y is a label, ε_θ learns p(x | y), and where
-    it is ∅, p(x). ema is the moving average of net's weights, from which one samples; its decay is
-    smaller in the first steps (DDPM's train_step says why).
+    it is ∅, p(x). ema is the moving average of net's weights, from which one samples. As long as
+    step / (step + 9) is below decay, it takes its place, which is up to step 90,000 for 0.9999.
     x0 (B, C, H, W) in [-1, 1];  y (B,) in 0..K-1;  step counts from 1.  -> the loss, ()"""
     y = drop_labels(y, null, p_uncond)                           # 3: c becomes ∅
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 4: the paper draws λ
@@ -177,6 +177,7 @@ def gaussians_eps_theta(s, means, variance):
     mixture of these. The score of a mixture is the mean of its parts' scores, weighted by
     p(y | x_t). As everywhere, ε = -√(1 - ᾱ_t) ∇ log p.
 
+        s = make_schedule("linear", 1000)
         eps_theta = gaussians_eps_theta(s, torch.eye(3)[:, :2], variance=0.2)
         y, noise = torch.tensor([0, 1, 2]), torch.randn(3, 2)
         x0 = last_image(ddpm_sample(guided(eps_theta, y, 3, w=1), s, noise, clip=False))
@@ -336,7 +337,7 @@ def ddim_sample(eps_theta, s, x, clip=True):
         x = s.q_sample(x0_hat, t - 1, eps_hat)
         yield t - 1, x, x0_hat
 
-def subchain(eps_theta, s, steps):
+def subchain(eps_theta, s, steps, last=None):
     """A shorter chain, through only `steps` of the T times.  Song, Meng & Ermon 2020, Sec. 4.2.
 
         short_theta, short = subchain(eps_theta, s, 50)
@@ -348,10 +349,15 @@ def subchain(eps_theta, s, steps):
     Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
     it as it stands. The new i = 1..steps stands for t = i T / steps, rounded.
 
+    last: begin at x_last instead of x_T. At the end of cosine ᾱ_t is so small that x̂_0, which is
+    divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended, in 20 it is
+    not. last=980 leaves those t out; x_980 is still noise to the eye, √ᾱ_980 = 0.03.
     With ddpm_sample pass variance="beta_tilde" here; p_theta says why. Guide first and take the
     subchain then, because a classifier knows only the t of the long chain.
+    steps is at most T (or last), else ValueError.
     -> the ε_θ(x, i) of the short chain, and its Schedule"""
-    times = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
+    last = s.T if last is None else last
+    times = torch.linspace(0, last, steps + 1).round().long().to(s.beta.device)
     alpha_bar = s.alpha_bar[times].cpu().double()
     beta = beta_of_alpha_bar(alpha_bar, largest=1 - 1e-12)  # a smaller bound would change ᾱ
 
@@ -363,6 +369,8 @@ def subchain(eps_theta, s, steps):
 def as_eps_theta(net, s, predict):
     """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
+    s is the schedule that the network was trained with. Do this first, then guide, and take the
+    subchain last: with its s, "mu" would be turned into a wrong ε_θ without a word.
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))
@@ -396,7 +404,7 @@ def frechet_distance(a, b):
     root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root).item()
 
-# ------------------------------------------------------------------------- DDPM's U-Net, and labels
+# ------------------ DDPM's U-Net, and labels. "The authors" are in this section those of DDPM
 
 # Copied from ddpm_ho_2020.py
 def norm(C):
@@ -462,7 +470,7 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """The network ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W)
 
-    Without other arguments it is the paper's network for CIFAR-10:
+    Without other arguments it is Ho et al. 2020's network for CIFAR-10:
 
         net = UNet((3, 32, 32))
         eps_hat = net(torch.randn(2, 3, 32, 32), torch.tensor([1, 1000]))
@@ -555,7 +563,7 @@ def init_weights(module):
     """The authors' initialisation, for UNet.apply: uniform, with variance 2 / (fan_in + fan_out).
 
     The last layer of each residual branch starts at 0, so that at first a block returns its input
-    and a deep network is as easy to train as a shallow one."""
+    (or what skip makes of it) and a deep network is as easy to train as a shallow one."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

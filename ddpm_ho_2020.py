@@ -14,8 +14,8 @@ Expect of the first command a page of digits; a classifier is over 90 % sure of 
 
 Differs from the paper:
   - Every preset but "paper" has a smaller network, shorter training and a learning rate that falls
-    to 0, the cosine schedule, σ_t² = β̃_t, and fewer sampling steps than T. So has "cifar10".
-    PRESETS, below, has the numbers beside the paper's.
+    to 0, the cosine schedule, σ_t² = β̃_t, and fewer sampling steps than T. This includes the preset
+    "cifar10". PRESETS, below, has the numbers beside the paper's.
   - The cars' network predicts x_0; ε follows by Eq. (4). Sec. 3.2 names this and found it worse.
   - There is no FID, whose network has to be downloaded. The Fréchet distance is taken in the
     features of a small classifier that is trained here. Compare it with that of real images, which
@@ -23,7 +23,8 @@ Differs from the paper:
   - As in the authors' code: gradients are clipped at norm 1, the learning rate is warmed up, x̂_0
     is clipped to [-1, 1] in sampling and in the bound, σ_1² = β̃_2 in L_0, and L is trained as the
     mean of its terms. The U-Net's widths are from there too; the paper gives 35.7 M parameters.
-  - The decay of the averaged weights is warmed up. GroupNorm has fewer groups in narrow networks.
+  - The decay of the averaged weights is warmed up, so slowly that it is below the one that is named
+    in all but the longest runs. GroupNorm has fewer groups in narrow networks.
     Strided convolutions pad all sides. Batches are drawn with replacement. The decoder of Eq. (13)
     uses the exact normal distribution, the authors' code an approximation. The network computes in
     bfloat16 where that is faster. Learned variances (Table 2) are left out.
@@ -81,9 +82,11 @@ def train_step(net, ema, opt, s, x0, step, loss=l_simple, decay=0.9999):
 
     ema is a copy of net whose weights are a moving average of net's (Appendix B). The weights of
     one step are noisy; their average draws better images, so one samples from ema. decay is the
-    part of the average that is kept at each step. In the first steps it is smaller, step /
-    (step + 9), or the average would hold on to the untrained weights for long. Only parameters are
-    averaged: if your network has BatchNorm, copy its buffers too.
+    part of the average that is kept at each step. Early on this would hold on to the untrained
+    weights, so step / (step + 9) is kept instead as long as it is smaller. That is up to step
+    90,000 for decay=0.9999 and 9,000 for 0.999: in shorter runs decay has no effect, and the
+    average reaches back over about the last ninth of the steps. Only parameters are averaged: if
+    your network has BatchNorm, copy its buffers too.
 
     x0 (B, C, H, W) in [-1, 1];  step counts from 1.  -> the loss, ()"""
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 3: uniform on 1, ..., T
@@ -230,7 +233,7 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """The network ε_θ(x_t, t).  (B, C, H, W), (B,) -> (B, C, H, W)
 
-    Without other arguments it is the paper's network for CIFAR-10:
+    Without other arguments it is Ho et al. 2020's network for CIFAR-10:
 
         net = UNet((3, 32, 32))
         eps_hat = net(torch.randn(2, 3, 32, 32), torch.tensor([1, 1000]))
@@ -323,7 +326,7 @@ def init_weights(module):
     """The authors' initialisation, for UNet.apply: uniform, with variance 2 / (fan_in + fan_out).
 
     The last layer of each residual branch starts at 0, so that at first a block returns its input
-    and a deep network is as easy to train as a shallow one."""
+    (or what skip makes of it) and a deep network is as easy to train as a shallow one."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -447,6 +450,8 @@ def l_mu(net, s, x0, t, eps):
 def as_eps_theta(net, s, predict):
     """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
+    s is the schedule that the network was trained with. Do this first, then guide, and take the
+    subchain last: with its s, "mu" would be turned into a wrong ε_θ without a word.
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))
@@ -460,7 +465,7 @@ def as_eps_theta(net, s, predict):
 def l_bound(net, s, x0, t, eps, predict="eps", variance="beta"):
     """Train on the bound itself, Table 2's L: the mean of the terms of Eq. (5) that were drawn, in
     bits/dim. It is an estimate of (L - L_T) / T. Here x̂_0 is not clipped, because no gradient
-    passes where it is; `rate_distortion` measures the bound with clipping.  -> ()"""
+    passes where it is clipped; `rate_distortion` measures the bound with clipping.  -> ()"""
     bits, _ = bound_term(as_eps_theta(net, s, predict), s, x0, t, eps, variance, clip=False)
     return bits.mean()
 
@@ -480,7 +485,7 @@ def ddim_sample(eps_theta, s, x, clip=True):
         x = s.q_sample(x0_hat, t - 1, eps_hat)
         yield t - 1, x, x0_hat
 
-def subchain(eps_theta, s, steps):
+def subchain(eps_theta, s, steps, last=None):
     """A shorter chain, through only `steps` of the T times.  Song, Meng & Ermon 2020, Sec. 4.2.
 
         short_theta, short = subchain(eps_theta, s, 50)
@@ -492,10 +497,15 @@ def subchain(eps_theta, s, steps):
     Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
     it as it stands. The new i = 1..steps stands for t = i T / steps, rounded.
 
+    last: begin at x_last instead of x_T. At the end of cosine ᾱ_t is so small that x̂_0, which is
+    divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended, in 20 it is
+    not. last=980 leaves those t out; x_980 is still noise to the eye, √ᾱ_980 = 0.03.
     With ddpm_sample pass variance="beta_tilde" here; p_theta says why. Guide first and take the
     subchain then, because a classifier knows only the t of the long chain.
+    steps is at most T (or last), else ValueError.
     -> the ε_θ(x, i) of the short chain, and its Schedule"""
-    times = torch.linspace(0, s.T, steps + 1).round().long().to(s.beta.device)
+    last = s.T if last is None else last
+    times = torch.linspace(0, last, steps + 1).round().long().to(s.beta.device)
     alpha_bar = s.alpha_bar[times].cpu().double()
     beta = beta_of_alpha_bar(alpha_bar, largest=1 - 1e-12)  # a smaller bound would change ᾱ
 
@@ -508,7 +518,9 @@ def score(eps_theta, s, xt, t):
     """In which direction does x_t become more probable? ∇ log q(x_t) ≈ -ε_θ(x_t, t) / √(1 - ᾱ_t).
 
     For one x_0, ∇ log q(x_t | x_0) = -(x_t - √ᾱ_t x_0) / (1 - ᾱ_t) = -ε / √(1 - ᾱ_t). So predicting
-    ε is denoising score matching (Vincent 2011) at every noise level, with the weight 1 - ᾱ_t.
+    ε is denoising score matching (Vincent 2011) at every noise level, with the weight 1 - ᾱ_t. The
+    best prediction of ε is its mean given x_t, and ∇ log q(x_t) is the mean of ∇ log q(x_t | x_0)
+    over all x_0 that may have led to x_t.
     xt (B, ...), t (B,) -> (B, ...)"""
     return -eps_theta(xt, t) / extract((1 - s.alpha_bar).sqrt(), t, xt)
 

@@ -62,8 +62,8 @@ def linear(T):
 
     For another T each β is multiplied by 1000 / T. Then Σ β_t is the same for every T, and fewer
     steps take away about as much in all: log ᾱ_T = Σ log(1 - β_t) is about -Σ β_t, or somewhat less
-    where β is large. So ᾱ_T is 4e-5 at T = 1000, 2e-5 at T = 100 and 4e-6 at T = 40. Each β is at
-    most 0.999."""
+    where β is large. So ᾱ_T is 4e-5 at T = 1000, 2e-5 at T = 100 and 4e-6 at T = 40. β is at most
+    0.999, which cuts it off for T below 21."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     return F.pad(beta.clamp(max=0.999), (1, 0))
 
@@ -153,7 +153,7 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
 
         # Ho et al. 2020, Eq. (7), for t = 1..T. An entry for t = 0 is put in front of each, so that
-        # table[t] is the value at t. A step with t = 0 leaves x_0 as it is and adds no noise.
+        # table[t] is the value at t. No step needs it: with it q_posterior gives x_0 and no noise.
         alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}
         beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta[1:]
         weight_x0 = alpha_bar_prev.sqrt() * beta[1:] / (1 - alpha_bar)

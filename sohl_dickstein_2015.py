@@ -26,9 +26,9 @@ last step p(x_0 | x_1) is not learned; `reverse` says why. DDPM's bound, its Eq.
 with the opposite sign, but for a last step that is learned. Its L_T is here
 H_p(X_T) - H_q(X_T|X_0), and its L_0 is H_q(X_1|X_0).
 
-Eq. (14) assumes that -E log π(x_t) is the same for every t, and so equals H_p(X_T), the entropy of
-π. This is why the Swiss roll is standardised: each coordinate has mean 0 and variance 1, as under
-π, and x_t keeps both at every t.
+Eq. (14) assumes that -E log π(x_t) is the same for every t. It then equals H_p(X_T), the entropy of
+π, to which it comes as near as one likes where ᾱ_t goes to 0. This is why the Swiss roll is
+standardised: each coordinate has mean 0 and variance 1, as under π, and x_t keeps both at every t.
 For the same reason the bits of π are 1 as often as those of the heartbeat data.
 
     python sohl_dickstein_2015.py                       # Swiss roll, T = 40, β is learned too
@@ -289,6 +289,8 @@ def train_step(kind, net, opt, x0):
         s = learned_schedule(net.beta_logits.detach())  # the β that were learned, for `reverse`
 
     Raises FloatingPointError, and leaves net as it was, if K or its gradient is not finite.
+    net: moments of x_0, as RollNet or HeartbeatNet gives. It holds β too, as net.beta_logits (T,):
+    the schedule is made from these at each step.
     x0 (B, D), of any floating type.  -> K in bits, (); the larger the better, it is not a loss"""
     x0 = x0.double()
     s = learned_schedule(net.beta_logits)
@@ -346,12 +348,14 @@ def given(net, y, precision, xt, alpha_bar):
 
         p(x_0 | x_t, y) = p(x_0 | x_t) r(x_0) / Z
 
-    because y depends on x_0 alone. Average q(x_{t-1} | x_t, x_0) over this x_0, as p does. Given
-    x_{t-1}, x_0 does not depend on x_t any more. So by Bayes' rule
+    because y depends on x_0 alone. In this formula and the next two, p is a perfect model: it has
+    the exact distributions of q started from the data. Given x_{t-1}, x_0 does not depend on x_t
+    any more. So by Bayes' rule
 
         q(x_{t-1} | x_t, x_0) p(x_0 | x_t) = p(x_{t-1} | x_t) p(x_0 | x_{t-1})
 
-    Multiply both sides by r(x_0), and integrate over x_0:
+    Multiply both sides by r(x_0), and integrate over x_0. The left side becomes the average of
+    q(x_{t-1} | x_t, x_0) over x_0 given x_t and y:
 
         p(x_{t-1} | x_t, y) = p(x_{t-1} | x_t) r(x_{t-1}) / Z(x_t)
 
@@ -388,7 +392,9 @@ def entropy_of_step(kind, s, net, x0, t):
     Eq. (14), because E -log p then depends on q only through the moments, and is the entropy of p.
     It is at most the right side, too. For the roll: the guess √ᾱ_t x_t of x_0 has errors of
     variance 1 - ᾱ_t, so S is at most that on average, and S = (1 - ᾱ_t) I makes f_sigma = β_t I,
-    the covariance of a step of q. For bits: p knows all of x_t, and a step of q one bit.
+    the covariance of a step of q. (The entropy, log det, is concave: its mean is at most that of
+    the mean S.) For bits: to know all of x_t leaves no more entropy to a bit of x_{t-1} than to
+    know that bit of x_t; and as the rate is always ρ, this is the entropy of a step of q.
 
         left, ours, right = entropy_of_step(GAUSSIAN, s, net, x0, t)
 
@@ -530,9 +536,11 @@ def ceiling_of_curve(m, v):
 
     The n Gaussians N(m_j, diag(v)) must be nearer to each other than they are wide, and D = 2. In
     units of √v the curve is nearly a straight line, with noise of variance 1 across it. The entropy
-    is that of the position along the line, where each of n pieces has probability 1/n, plus
-    ½ log 2πe for the noise. The bends of the roll change this by 1e-6 bits if its noise is 0.02,
-    and by 0.03 bits if it is 1, the most that --noise allows.  m (n, 2), v (2,) -> a number"""
+    is that of the position along the line, where each of the pieces between two neighbours has
+    probability 1/n, nearly, plus ½ log 2πe for the noise. That ignores the two ends of the curve
+    and its bends. For the roll the result is therefore too high, by 8e-4 bits if its noise is 0.02
+    and by 0.03 bits if it is 1, the most that --noise allows; it is still a ceiling.
+    m (n, 2), v (2,) -> a number"""
     pieces = (m / v.sqrt()).diff(dim=0).norm(dim=1)  # their lengths
     along = (len(m) * pieces).log().mean()
     across = math.log(2 * math.pi * math.e) / 2

@@ -776,7 +776,7 @@ def test_roll_density_is_that_of_the_draws():
     m, v, _, _ = sohl.roll_density(0.3)
     x0 = sohl.draw_roll(5000, 0.3, 0)
     assert x0.mean(0).abs().max() < 0.05 and (x0.var(0) - 1).abs().max() < 0.05
-    assert agree(log_q(m, v, x0) / math.log(2), sohl.ceiling_of_curve(m, v) - 0.008)  # of its bends
+    assert agree(log_q(m, v, x0) / math.log(2), sohl.ceiling_of_curve(m, v) - 0.008)  # of its ends
 
 def test_ceiling_in_closed_form():
     """A straight line along the diagonal: log(its length) and the entropy of the noise across it.
@@ -797,6 +797,9 @@ def test_evaluate_is_a_bound():
         _, entropies = sohl.kl_and_entropies(sohl.GAUSSIAN, s, exact, x0[:1], torch.tensor([2]))
         assert K.mean().item() == pytest.approx((entropies - kl.sum()).item(), rel=1e-9)
         assert sohl.evaluate(sohl.GAUSSIAN, s, exact, x0, 1)[0].equal(K)  # it seeds itself
+        state = torch.get_rng_state()
+        assert sohl.evaluate(sohl.GAUSSIAN, s, exact, x0.float(), 1)[0].allclose(K, atol=1e-3)
+        assert torch.get_rng_state().equal(state)  # and disturbs no training
         gain = K - log_q(m, v, x0) / math.log(2)  # each K estimates a bound on its own log q(x_0)
         assert least < gain.mean() < 4 * gain.std() / 500 ** 0.5
         assert len(kl) == s.T - 1 and kl.min() > -0.01
