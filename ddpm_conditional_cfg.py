@@ -205,15 +205,19 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
 
     ε̂(x_t, t) = ε_θ(x_t, t, y) - w √(1 - ᾱ_t) ∇ log p(y | x_t): the gradient moves the noise, and
     so the image, to where the classifier is surer of y. With conditional=False it starts from the
-    model without a label: ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t). As ∇ log p(y | x_t)
-    is what the label adds, the two and Eq. (6) are the same if all are exact. In practice Dhariwal
-    & Nichol got their best results from the conditional one, and so the paper guides that one.
+    model without a label, ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t), and a network that
+    takes no labels will do: eps_theta = lambda x, t, y: net(x, t).
+
+    As ∇ log p(y | x_t) is what the label adds, the two and Eq. (6) are the same if all are exact.
+    In practice Dhariwal & Nichol got their best results from the conditional one, and so the paper
+    guides that one.
 
         classifier = NoisyClassifier(10, (1, 28, 28), 16, (1, 2, 2), attention=(7,)).to(device)
-        average, opt = copy.deepcopy(classifier).eval(), torch.optim.Adam(classifier.parameters())
+        average = copy.deepcopy(classifier).eval()
+        its_opt = torch.optim.Adam(classifier.parameters())
         x0 = torch.rand(64, 1, 28, 28, device=device) * 2 - 1  # a batch of your images
         y = torch.randint(10, (64,), device=device)            # and their labels
-        cfg_train_step(classifier, average, opt, s, x0, y, step=1, null=10, p_uncond=0,
+        cfg_train_step(classifier, average, its_opt, s, x0, y, step=1, null=10, p_uncond=0,
                        loss=l_classifier)                      # step 1 of many
         sevens = torch.full((16,), 7, device=device)
         eps_hat = classifier_guided(ema, average, s, sevens, null=10, w=1)
@@ -539,7 +543,7 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            h = layer(h) if isinstance(layer, nn.Conv2d) else layer(h, emb)
             skips.append(h)
         for block in self.middle:
             h = block(h, emb)
@@ -548,10 +552,10 @@ class UNet(nn.Module):
     def go_up(self, h, skips, emb):
         """The way up, from what go_down returns.  -> (B, C, H, W)"""
         for layer in self.up:
-            if isinstance(layer, ResBlock):
-                h = layer(torch.cat([h, skips.pop()], 1), emb)
-            else:
+            if isinstance(layer, nn.Sequential):
                 h = layer(h)
+            else:
+                h = layer(torch.cat([h, skips.pop()], 1), emb)
         return self.out(h)
 
     def forward(self, x, t):

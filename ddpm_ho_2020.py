@@ -302,7 +302,7 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            h = layer(h) if isinstance(layer, nn.Conv2d) else layer(h, emb)
             skips.append(h)
         for block in self.middle:
             h = block(h, emb)
@@ -311,10 +311,10 @@ class UNet(nn.Module):
     def go_up(self, h, skips, emb):
         """The way up, from what go_down returns.  -> (B, C, H, W)"""
         for layer in self.up:
-            if isinstance(layer, ResBlock):
-                h = layer(torch.cat([h, skips.pop()], 1), emb)
-            else:
+            if isinstance(layer, nn.Sequential):
                 h = layer(h)
+            else:
+                h = layer(torch.cat([h, skips.pop()], 1), emb)
         return self.out(h)
 
     def forward(self, x, t):

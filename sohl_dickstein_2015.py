@@ -362,7 +362,10 @@ def given(net, y, precision, xt, alpha_bar):
     with r(x_{t-1}) = E[r(x_0) | x_{t-1}]. This is Eq. (22) with the r that leads to the exact
     posterior.
 
-        x0 = end_of(reverse(GAUSSIAN, s, partial(given, net, y, precision), xT))  # xT ~ π
+        y = torch.tensor([0.5, -0.3], dtype=torch.float64)
+        precision = torch.tensor([4.0, 0.0], dtype=torch.float64)  # 0: y_2 is not observed
+        xT = torch.randn(1000, 2, dtype=torch.float64)
+        x0 = end_of(reverse(GAUSSIAN, s, partial(given, net, y, precision), xT))
 
     It is exact if p(x_0 | x_t) is Gaussian, where the paper's rule is biased. On the roll
     p(x_0 | x_t) has several modes, one on each turn nearby, and neither rule is exact. There the
@@ -491,7 +494,7 @@ def score_of_x0_hat(x0_hat, xt, alpha_bar):
     learns f_mu has learned the score (Vincent 2011).
 
         x0_hat, S = net(xt, alpha_bar)
-        score = score_of_x0_hat(x0_hat, xt, alpha_bar)
+        arrows = score_of_x0_hat(x0_hat, xt, alpha_bar)
 
     x0_hat, xt (B, D), alpha_bar (B, 1) -> (B, D)"""
     return (alpha_bar.sqrt() * x0_hat - xt) / (1 - alpha_bar)
