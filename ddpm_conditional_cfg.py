@@ -50,8 +50,8 @@ Differs from the paper:
   - σ_t² is β̃_t in all presets but "paper", and β_t if one calls `ddpm_sample` without naming it.
     The paper takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
   - Also drawn: w = -1, which is the unconditional model, and classifier guidance of an
-    unconditional model (--guidance classifier). Sec. 3.1 guides a conditional one (--guidance
-    both).
+    unconditional model (--guidance classifier). Sec. 3.1 guides a conditional one: there the
+    network is told the label, and a classifier guides it too (--guidance both).
   - The classifier takes the mean over pixels, Dhariwal & Nichol's pools by attention.
 
 Shapes: B batch, C channels, H height, W width, D embedding, K classes; () is one number.
@@ -92,14 +92,15 @@ def cfg_train_step(net, ema, opt, s, x0, y, step, null, p_uncond=0.1, loss=l_cfg
         ema = copy.deepcopy(net).eval()
         opt = torch.optim.Adam(net.parameters(), lr=2e-4)
         s = make_schedule("linear", 1000).to(device)
-        for step in range(1, 3):
+        for step in range(1, 3):  # thousands; do not start at 1 again in each epoch
             x0 = torch.rand(64, 1, 28, 28, device=device) * 2 - 1  # your images, from -1 to 1
             y = torch.randint(10, (64,), device=device)            # and their labels
             cfg_train_step(net, ema, opt, s, x0, y, step, null=10)
 
     But for the labels it is DDPM's Algorithm 1. Where y is a label, ε_θ learns p(x | y), and where
-    it is ∅, p(x). ema is the moving average of net's weights, from which one samples. As long as
-    step / (step + 9) is below decay, it takes its place, which is up to step 90,000 for 0.9999.
+    it is ∅, p(x). ema is the moving average of net's weights, from which one samples. The part of
+    it that is kept at each step is the smaller of decay and step / (step + 9), so that it forgets
+    the untrained weights. In runs below 90,000 steps, 0.9999 is therefore never reached.
     x0 (B, C, H, W) in [-1, 1];  y (B,) in 0..K-1;  step counts from 1.  -> the loss, ()"""
     y = drop_labels(y, null, p_uncond)                           # 3: c becomes ∅
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 4: the paper draws λ
@@ -290,10 +291,11 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two, and in 1000
     steps it hardly matters. In few steps it does: at small t the image is nearly decided, so that
-    β̃_t is nearer, and β_t is several times β̃_t there. It leaves more noise in x_{t-1} than the
-    network was trained to expect, and in the last step the rest of it stays in the image. DDIM's
-    Table 1 has, for 10 steps on CIFAR-10, an FID of 367 with β_t and 41 with β̃_t. So take
-    "beta_tilde" with a subchain, as all presets but "paper" do.
+    β̃_t is nearer, and β_t is several times β̃_t there. With β_t, x_{t-1} then holds more noise than
+    the network was trained to expect at t - 1. It takes out what it expects, and after the last
+    step the surplus is still in the image. DDIM's Table 1 has, for 10 steps on CIFAR-10, an FID of
+    367 with β_t and 41 with β̃_t. So take "beta_tilde" with a subchain, as all presets but "paper"
+    do.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -351,11 +353,12 @@ def subchain(eps_theta, s, steps, last=None):
     If we keep only some of x_0, ..., x_T, these too are a chain of the kind of Eq. (2): going from
     a kept x_r to the next kept x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a
     Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
-    it as it stands. The new i = 1..steps stands for t = i T / steps, rounded.
+    it as it stands. The new i = 1..steps stands for t = i · last / steps, rounded.
 
-    last: begin at x_last instead of x_T. At the end of cosine ᾱ_t is so small that x̂_0, which is
-    divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended, in 20 it is
-    not. last=980 leaves those t out; x_980 is still noise to the eye, √ᾱ_980 = 0.03.
+    last is T, unless one names a smaller t to begin at. At the end of cosine ᾱ_t is so small that
+    x̂_0, which is divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended,
+    in 20 it is not. With last=980 the steps lie between 0 and 980, and none of them is spent there.
+    x_980 is still noise to the eye: √ᾱ_980 = 0.03.
     With ddpm_sample pass variance="beta_tilde" here; p_theta says why. Guide first and take the
     subchain then, because a classifier knows only the t of the long chain.
     steps is at most T (or last), else ValueError.
@@ -374,7 +377,8 @@ def as_eps_theta(net, s, predict):
     """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
     s is the schedule that the network was trained with. Do this first, then guide, and take the
-    subchain last: with its s, "mu" would be turned into a wrong ε_θ without a word.
+    subchain last. Otherwise "mu" gives a wrong ε_θ, without an error: a and b below are other
+    numbers in the subchain's schedule.
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))

@@ -23,8 +23,8 @@ Differs from the paper:
   - As in the authors' code: gradients are clipped at norm 1, the learning rate is warmed up, x̂_0
     is clipped to [-1, 1] in sampling and in the bound, σ_1² = β̃_2 in L_0, and L is trained as the
     mean of its terms. The U-Net's widths are from there too; the paper gives 35.7 M parameters.
-  - The decay of the averaged weights is warmed up, so slowly that it is below the one that is named
-    in all but the longest runs. GroupNorm has fewer groups in narrow networks.
+  - The decay of the averaged weights is warmed up: 0.9999 is reached after 90,000 steps only, see
+    `train_step`. GroupNorm has fewer groups in narrow networks.
     Strided convolutions pad all sides. Batches are drawn with replacement. The decoder of Eq. (13)
     uses the exact normal distribution, the authors' code an approximation. The network computes in
     bfloat16 where that is faster. Learned variances (Table 2) are left out.
@@ -131,10 +131,11 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two, and in 1000
     steps it hardly matters. In few steps it does: at small t the image is nearly decided, so that
-    β̃_t is nearer, and β_t is several times β̃_t there. It leaves more noise in x_{t-1} than the
-    network was trained to expect, and in the last step the rest of it stays in the image. DDIM's
-    Table 1 has, for 10 steps on CIFAR-10, an FID of 367 with β_t and 41 with β̃_t. So take
-    "beta_tilde" with a subchain, as all presets but "paper" do.
+    β̃_t is nearer, and β_t is several times β̃_t there. With β_t, x_{t-1} then holds more noise than
+    the network was trained to expect at t - 1. It takes out what it expects, and after the last
+    step the surplus is still in the image. DDIM's Table 1 has, for 10 steps on CIFAR-10, an FID of
+    367 with β_t and 41 with β̃_t. So take "beta_tilde" with a subchain, as all presets but "paper"
+    do.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -451,7 +452,8 @@ def as_eps_theta(net, s, predict):
     """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
     s is the schedule that the network was trained with. Do this first, then guide, and take the
-    subchain last: with its s, "mu" would be turned into a wrong ε_θ without a word.
+    subchain last. Otherwise "mu" gives a wrong ε_θ, without an error: a and b below are other
+    numbers in the subchain's schedule.
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))
@@ -495,11 +497,12 @@ def subchain(eps_theta, s, steps, last=None):
     If we keep only some of x_0, ..., x_T, these too are a chain of the kind of Eq. (2): going from
     a kept x_r to the next kept x_t adds noise of variance 1 - ᾱ_t / ᾱ_r. So the kept times have a
     Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
-    it as it stands. The new i = 1..steps stands for t = i T / steps, rounded.
+    it as it stands. The new i = 1..steps stands for t = i · last / steps, rounded.
 
-    last: begin at x_last instead of x_T. At the end of cosine ᾱ_t is so small that x̂_0, which is
-    divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended, in 20 it is
-    not. last=980 leaves those t out; x_980 is still noise to the eye, √ᾱ_980 = 0.03.
+    last is T, unless one names a smaller t to begin at. At the end of cosine ᾱ_t is so small that
+    x̂_0, which is divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended,
+    in 20 it is not. With last=980 the steps lie between 0 and 980, and none of them is spent there.
+    x_980 is still noise to the eye: √ᾱ_980 = 0.03.
     With ddpm_sample pass variance="beta_tilde" here; p_theta says why. Guide first and take the
     subchain then, because a classifier knows only the t of the long chain.
     steps is at most T (or last), else ValueError.

@@ -94,7 +94,7 @@ def cosine(T):
 def sigmoid(T):
     """ᾱ_t falls as the sigmoid of -(6 t/T - 3) / τ, stretched to go from 1 to 0.
 
-    Jabri et al. 2022. From -3 to 3 and τ = 1 are their choice."""
+    Jabri et al. 2022. From -3 to 3 and τ = 1 are the defaults of their code."""
     v = torch.sigmoid(6 * time_from_0_to_1(T) - 3)
     return beta_of_alpha_bar((v[-1] - v) / (v[-1] - v[0]))
 
@@ -199,7 +199,8 @@ class Schedule:
         β_t / α_t, the second √ᾱ_{t-1} x_0 and 1 - ᾱ_{t-1}. So is their product: the exponents are
         added and the square is completed. Its precision is the sum of theirs,
         1/β̃_t = α_t/β_t + 1/(1 - ᾱ_{t-1}), and its mean is their mean, weighted by precision:
-        μ̃_t = β̃_t (√α_t x_t / β_t + √ᾱ_{t-1} x_0 / (1 - ᾱ_{t-1})), which is Eq. (7).
+        μ̃_t = β̃_t (√α_t x_t / β_t + √ᾱ_{t-1} x_0 / (1 - ᾱ_{t-1})), which is Eq. (7). At t = 1 the
+        second has variance 0, and Eq. (7) gives x_0 itself.
         x0, xt: (B, ...);  t: (B,) integers in 1..T, or one for all.
         -> μ̃_t (B, ...), β̃_t (B, 1, ..., 1)"""
         a, b = self.posterior_coefficients(xt, t)

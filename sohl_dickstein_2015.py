@@ -26,10 +26,11 @@ last step p(x_0 | x_1) is not learned; `reverse` says why. DDPM's bound, its Eq.
 with the opposite sign, but for a last step that is learned. Its L_T is here
 H_p(X_T) - H_q(X_T|X_0), and its L_0 is H_q(X_1|X_0).
 
-Eq. (14) assumes that -E log π(x_t) is the same for every t. It then equals H_p(X_T), the entropy of
-π, to which it comes as near as one likes where ᾱ_t goes to 0. This is why the Swiss roll is
-standardised: each coordinate has mean 0 and variance 1, as under π, and x_t keeps both at every t.
-For the same reason the bits of π are 1 as often as those of the heartbeat data.
+Eq. (14) assumes that -E log π(x_t) is the same for every t. As ᾱ_t goes to 0, x_t becomes a draw
+from π and this value becomes H_p(X_T), the entropy of π; if it is the same for every t, it is
+H_p(X_T) everywhere. This is why the Swiss roll is standardised. log π is a sum of squares of the
+coordinates; each has mean 0 and variance 1, as under π, and x_t keeps both at every t. For the same
+reason the bits of π are 1 as often as those of the heartbeat data.
 
     python sohl_dickstein_2015.py                       # Swiss roll, T = 40, β is learned too
     python sohl_dickstein_2015.py --dataset heartbeat   # binary sequences, T = 2000
@@ -364,7 +365,7 @@ def given(net, y, precision, xt, alpha_bar):
 
         y = torch.tensor([0.5, -0.3], dtype=torch.float64)
         precision = torch.tensor([4.0, 0.0], dtype=torch.float64)  # 0: y_2 is not observed
-        xT = torch.randn(1000, 2, dtype=torch.float64)
+        xT = torch.randn(1000, 2, dtype=torch.float64)  # x_T says nothing of x_0, so it needs no r
         x0 = end_of(reverse(GAUSSIAN, s, partial(given, net, y, precision), xT))
 
     It is exact if p(x_0 | x_t) is Gaussian, where the paper's rule is biased. On the roll
@@ -392,12 +393,16 @@ def entropy_of_step(kind, s, net, x0, t):
     KL(q(x_t) || π) falls, and a step that keeps π can only bring q nearer to it.
 
     If the moments are exact, the mean entropy of p exceeds the left side by the KL of step t in
-    Eq. (14), because E -log p then depends on q only through the moments, and is the entropy of p.
-    It is at most the right side, too. For the roll: the guess √ᾱ_t x_t of x_0 has errors of
-    variance 1 - ᾱ_t, so S is at most that on average, and S = (1 - ᾱ_t) I makes f_sigma = β_t I,
-    the covariance of a step of q. (The entropy, log det, is concave: its mean is at most that of
-    the mean S.) For bits: to know all of x_t leaves no more entropy to a bit of x_{t-1} than to
-    know that bit of x_t; and as the rate is always ρ, this is the entropy of a step of q.
+    Eq. (14). That KL is the mean of -log p(x_{t-1} | x_t), less the left side. The mean of -log p
+    depends on x_{t-1} only through its moments, so with exact moments it is the entropy of p.
+
+    It is at most the right side, too.
+      - The roll: the guess √ᾱ_t x_t of each coordinate of x_0 has an error of variance 1 - ᾱ_t, so
+        each diagonal entry of S is at most that on average, and each diagonal entry of f_sigma at
+        most β_t. Of all matrices with such a diagonal β_t I, the covariance of a step of q, has the
+        largest determinant (Hadamard); and the mean of log det is at most log det of the mean.
+      - Bits: to know all of x_t leaves no more entropy to a bit of x_{t-1} than to know that bit of
+        x_t. As the rate is always ρ, the latter is the entropy of a step of q.
 
         left, ours, right = entropy_of_step(GAUSSIAN, s, net, x0, t)
 

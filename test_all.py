@@ -244,6 +244,9 @@ def test_subchain(name, steps):
     assert grid.tolist() == [round(i * 50 / steps) for i in range(steps + 1)]
     assert short.alpha_bar.allclose(s.alpha_bar[grid], rtol=1e-3, atol=1e-12)
     assert steps < 50 or short.beta.allclose(s.beta)
+    seen_t, short = ddpm.subchain(lambda x, t: t, s, 4, last=40)
+    assert seen_t(None, torch.arange(5)).tolist() == [0, 10, 20, 30, 40]
+    assert short.alpha_bar[-1].item() == pytest.approx(s.alpha_bar[40].item())
 
 # --------------------------------------------------- the networks, and one step of training
 
@@ -1672,6 +1675,8 @@ def test_cfg_sweep(quick, monkeypatch):
         assert all(0 <= row["label_accuracy"] <= 1 for row in sweep)
     assert m["sweep"][0] == m["sweep_classifier"][0] and m["sweep"][2] != m["sweep_classifier"][2]
     assert m["frechet_floor"] > 0 and files("a") >= {"tradeoff.png", "samples.png", "reverse.gif"}
+    run(cfg, f"{flags} --num-samples=100 --guidance free --w 0 --out=c")  # samples.npz has w = 0
+    assert np.array_equal(np.load("a/samples.npz")["arr_0"], np.load("c/samples.npz")["arr_0"])
     asked, guide = [], cfg.guide
     def recorded(kind, eps_theta, classifier, s, y, *rest):
         asked.append(y)
