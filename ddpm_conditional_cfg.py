@@ -227,8 +227,8 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
     For few steps guide first, with the long s, and take the subchain then, as in the last line: the
     classifier was trained for the t of the long chain.
     In ddim_sample this is Dhariwal & Nichol's Algorithm 2. In ddpm_sample, unclipped, it shifts μ_θ
-    by w β_t / √α_t ∇ log p(y | x_t). Their Algorithm 1 shifts it by w Σ ∇ log p, which for σ_t² =
-    β_t is the same but for the factor 1 / √α_t.
+    by w β_t / √α_t ∇ log p(y | x_t). Their Algorithm 1 shifts it by w σ_t² ∇ log p (their Σ is
+    the covariance σ_t² I), which for σ_t² = β_t is the same but for the factor 1 / √α_t.
     classifier: any callable of x, t that returns logits (B, K) with a gradient in x
     -> a callable of x, t, for any sampler"""
     if conditional:

@@ -84,9 +84,10 @@ def train_step(net, ema, opt, s, x0, step, loss=l_simple, decay=0.9999):
     one step are noisy; their average draws better images, so one samples from ema. decay is the
     part of the average that is kept at each step. Early on this would hold on to the untrained
     weights, so step / (step + 9) is kept instead as long as it is smaller. That is up to step
-    90,000 for decay=0.9999 and 9,000 for 0.999: in shorter runs decay has no effect, and the
-    average reaches back over about the last ninth of the steps. Only parameters are averaged: if
-    your network has BatchNorm, copy its buffers too.
+    90,000 for decay=0.9999 and 9,000 for 0.999: in shorter runs decay has no effect. The
+    average then reaches back over about the last ninth of the steps: after n of them, those up to
+    the k-th still have a share of about (k / n)⁹. Only parameters are averaged: if your network has
+    BatchNorm, copy its buffers too.
 
     x0 (B, C, H, W) in [-1, 1];  step counts from 1.  -> the loss, ()"""
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 3: uniform on 1, ..., T

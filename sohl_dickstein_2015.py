@@ -24,7 +24,8 @@ The first factor makes the KL of each step. Of the others, when their logarithms
 cancel but the entropies of the last and of the first step. The sum starts at t = 2 because the
 last step p(x_0 | x_1) is not learned; `reverse` says why. DDPM's bound, its Eq. (5), is the same
 with the opposite sign, but for a last step that is learned. Its L_T is here
-H_p(X_T) - H_q(X_T|X_0), and its L_0 is H_q(X_1|X_0).
+H_p(X_T) - H_q(X_T|X_0). Its L_0, E -log p(x_0 | x_1), is here H_q(X_1|X_0), as the last step p and
+the first step q have the same mean log-probability (`reverse` shows it).
 
 Eq. (14) assumes that -E log π(x_t) is the same for every t. As ᾱ_t goes to 0, x_t becomes a draw
 from π and this value becomes H_p(X_T), the entropy of π; if it is the same for every t, it is
@@ -200,7 +201,7 @@ def reverse(kind, s, net, x, modify=lambda p: p):
     π(x_0) q(x_1 | x_0) = π(x_1) p(x_0 | x_1). Hence step 1 adds E log p(x_0 | x_1) / q(x_1 | x_0) =
     E log π(x_0) - E log π(x_1) to K, and this is 0 where E log π(x_t) is the same for every t.
 
-    x (B, D);  modify: a function of p that returns what to draw from; `times_r` is one"""
+    x (B, D);  modify: a function of p that returns what to draw from; see `times_r`"""
     x = x.double()
     for step in range(s.T, 1, -1):
         t = torch.full((len(x),), step, device=x.device)
@@ -250,7 +251,7 @@ def K_estimate(s, kl, entropies):
 def at_every_step(measure, kind, s, net, x0, seed=0):
     """Call measure(kind, s, net, x0, t) for t = 2..T.  -> its outputs, (number of outputs, T-1, B)
 
-    measure is kl_and_entropies or entropy_of_step. The same seed draws the same x_t, so that two
+    measure is kl_and_entropies or entropy_of_step. The same seed draws the same noise, so that two
     networks compare. Random numbers outside are not touched, so it may be called while training."""
     outputs = []
     with torch.random.fork_rng():
@@ -333,8 +334,9 @@ def times_r(p, y, precision):
         p̃(x_{t-1} | x_t) = p(x_{t-1} | x_t) r(x_{t-1}) / Z(x_t),   Eq. (22)
         r(x_t) = r(x_0), with x_t put in the place of x_0,         Eq. (23)
 
-        modify = partial(times_r, y=y, precision=precision)
-        xT = modify(prior(GAUSSIAN, x0)).sample()  # π is multiplied by r too, Eq. (16)
+        modify = partial(times_r, y=y, precision=precision)  # y, precision: as in `given`, below
+        pi = prior(GAUSSIAN, torch.zeros(1000, 2, dtype=torch.float64))  # of this shape
+        xT = modify(pi).sample()  # π is multiplied by r too, Eq. (16)
         x0 = end_of(reverse(GAUSSIAN, s, net, xT, modify))
 
     The product is exact, as Sec. 2.5.3 allows; Table App.1 moves only the mean, to first order.
@@ -399,8 +401,9 @@ def entropy_of_step(kind, s, net, x0, t):
     It is at most the right side, too.
       - The roll: the guess √ᾱ_t x_t of each coordinate of x_0 has an error of variance 1 - ᾱ_t, so
         each diagonal entry of S is at most that on average, and each diagonal entry of f_sigma at
-        most β_t. Of all matrices with such a diagonal β_t I, the covariance of a step of q, has the
-        largest determinant (Hadamard); and the mean of log det is at most log det of the mean.
+        most β̃_t + a_t² (1 - ᾱ_t) = β_t. Of all matrices with such a diagonal β_t I, the covariance
+        of a step of q, has the largest determinant (Hadamard); and the mean of log det is at most
+        log det of the mean.
       - Bits: to know all of x_t leaves no more entropy to a bit of x_{t-1} than to know that bit of
         x_t. As the rate is always ρ, the latter is the entropy of a step of q.
 
