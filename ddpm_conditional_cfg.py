@@ -41,7 +41,8 @@ The paper's notation. It writes z_λ for x_t, with λ = log(ᾱ_t / (1 - ᾱ_t))
 ᾱ_t, σ_λ² for 1 - ᾱ_t, and c for y. Our letters are those of DDPM (Ho, Jain & Abbeel 2020).
 
 Differs from the paper:
-  - T steps by the cosine schedule; the paper draws λ in continuous time, from such a schedule.
+  - T steps, in all presets but "paper" by the cosine schedule; the paper draws λ in continuous
+    time, from such a schedule.
   - Small networks and data, as in ddpm_ho_2020.py, where the settings are explained. For cars the
     network predicts x_0, from which ε follows.
   - No FID or Inception Score, which need a downloaded network. The Fréchet distance and the score
@@ -255,7 +256,7 @@ def l_classifier(net, s, x0, t, eps, y):
     label becomes ∅, which is no class."""
     return F.cross_entropy(net(s.q_sample(x0, t, eps), t), y)
 
-# ------------------------ DDPM's samplers. They take any ε_θ, guided or not; equations are DDPM's
+# ---- DDPM's samplers. They take any ε_θ, guided or not. Equations and sections are here DDPM's
 
 # Copied from ddpm_ho_2020.py
 def predict_x0(s, xt, t, eps_hat, clip=True):
@@ -307,14 +308,14 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
 def ddpm_sample(eps_theta, s, x, variance="beta", clip=True, start=None):
     """DDPM's Algorithm 2: from noise x_T to an image x_0. The numbers on the right are its lines.
 
-        eps_theta = ema  # with labels: guided(ema, y, null, w), of ddpm_conditional_cfg.py
+        eps_theta = ema  # if it takes labels: guided(ema, y, null, w), see ddpm_conditional_cfg.py
         noise = torch.randn(16, 1, 28, 28, device=device)
         x0 = last_image(ddpm_sample(eps_theta, s, noise))  # 16 images in [-1, 1]
 
     This is a generator, so that one can watch: nothing happens until one loops over it. After each
     step it yields t, x_t and the x̂_0 that the step was made from, for t = T-1 down to 0. The last
     x_t is x_0. start: begin at x_start instead of x_T, with x drawn from q(x_start | some x_0).
-    The samplers below yield the same, but always begin at x_T."""
+    The other samplers yield the same, but always begin at x_T."""
     start = s.T if start is None else start
     for t in range(start, 0, -1):                                    # 2
         ts = torch.full((len(x),), t, device=x.device)
@@ -377,8 +378,8 @@ def as_eps_theta(net, s, predict):
     """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
     s is the schedule that the network was trained with. Do this first, then guide, and take the
-    subchain last. Otherwise "mu" gives a wrong ε_θ, without an error: a and b below are other
-    numbers in the subchain's schedule.
+    subchain last. Any other order can be wrong without an error: s is to be asked for the t of the
+    long chain, and a classifier's gradient is to be added to ε and not to x̂_0 or μ.
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))

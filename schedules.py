@@ -104,7 +104,7 @@ def geometric(T):
 
     Theirs are numbered the other way: their σ_1 is the largest.
     They add noise without shrinking the data: x_0 + σ_t z. Dividing this by √(1 + σ_t²) makes it a
-    process of our kind, with ᾱ_t = 1 / (1 + σ_t²). In 2019 their σ ended at 1, which would leave
+    process of our kind, with ᾱ_t = 1 / (1 + σ_t²). In 2019 their largest σ was 1, which would leave
     0.71 of the signal in x_T. The 50 is of their paper of 2020, for CIFAR-10. Their images lie in
     [0, 1]; in images from -1 to 1, like ours, the same σ is half as much noise."""
     sigma = torch.logspace(-2, math.log10(50), T, dtype=torch.float64)

@@ -15,8 +15,8 @@ E is the mean over data x_0 and over x_t drawn from q(x_t | x_0). H_q(X_t|X_0) i
 q(x_t | x_0) and H_p(X_T) is that of π. Given x_0 and x_t, every term has a closed form.
 
 Where it comes from. By Jensen's inequality, log p(x_0) is at least
-E_q log p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). This is the mean of log π(x_T) and of the sum
-over t of log p(x_{t-1} | x_t) / q(x_t | x_{t-1}). By Bayes' rule, for t ≥ 2,
+E_q log p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). This is the mean, under q, of
+log π(x_T) + Σ_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1}). By Bayes' rule, for t ≥ 2,
 
     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) · q(x_t | x_0) / q(x_{t-1} | x_0)
 
@@ -401,9 +401,9 @@ def entropy_of_step(kind, s, net, x0, t):
     It is at most the right side, too.
       - The roll: the guess √ᾱ_t x_t of each coordinate of x_0 has an error of variance 1 - ᾱ_t, so
         each diagonal entry of S is at most that on average, and each diagonal entry of f_sigma at
-        most β̃_t + a_t² (1 - ᾱ_t) = β_t. Of all matrices with such a diagonal β_t I, the covariance
-        of a step of q, has the largest determinant (Hadamard); and the mean of log det is at most
-        log det of the mean.
+        most β̃_t + a_t² (1 - ᾱ_t) = β_t. Of all covariance matrices with β_t on the diagonal, β_t I,
+        which is that of a step of q, has the largest determinant (Hadamard); and the mean of
+        log det is at most log det of the mean.
       - Bits: to know all of x_t leaves no more entropy to a bit of x_{t-1} than to know that bit of
         x_t. As the rate is always ρ, the latter is the entropy of a step of q.
 
