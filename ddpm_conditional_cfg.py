@@ -1216,10 +1216,11 @@ def read_flags(p, argv, **own_defaults):
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
     defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device()}
+    defaults |= own_defaults
     if "checkpoint" in typed or "resume" in typed:
-        defaults |= own_defaults | settings_of(typed)
+        defaults |= settings_of(typed)
     else:
-        defaults |= own_defaults | preset_of(typed)
+        defaults |= preset_of(typed)
     defaults["sampling_steps"] = min(defaults["sampling_steps"], typed.get("T", defaults["T"]))
     p.set_defaults(**defaults)
     args = p.parse_args(argv, argparse.Namespace(**UNSET))
