@@ -14,8 +14,8 @@ Expect of the first command a page of digits; a classifier is over 90 % sure of 
 
 Differs from the paper:
   - Every preset but "paper" has a smaller network, shorter training and a learning rate that falls
-    to 0, the cosine schedule, σ_t² = β̃_t, and fewer sampling steps than T. This includes the preset
-    "cifar10". PRESETS, below, has the numbers beside the paper's.
+    to 0, the cosine schedule, σ_t² = β̃_t, and fewer sampling steps than T. This includes the
+    preset "cifar10". PRESETS, below, has the numbers beside the paper's.
   - The cars' network predicts x_0; ε follows by Eq. (4). Sec. 3.2 names this and found it worse.
   - There is no FID, whose network has to be downloaded. The Fréchet distance is taken in the
     features of a small classifier that is trained here. Compare it with that of real images, which
@@ -132,8 +132,8 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
     variance: "beta" is σ_t² = β_t, which is right if x_0 ~ N(0, I), and "beta_tilde" is σ_t² =
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two, and in 1000
     steps it hardly matters. In few steps it does: at small t the image is nearly decided, so that
-    β̃_t is nearer, and β_t is several times β̃_t there. With β_t, x_{t-1} then holds more noise than
-    the network was trained to expect at t - 1. It takes out what it expects, and after the last
+    β̃_t is nearer, and β_t is several times β̃_t there. With β_t, x_{t-1} then holds more noise
+    than the network was trained to expect at t - 1. It takes out what it expects, and after the last
     step the surplus is still in the image. DDIM's Table 1 has, for 10 steps on CIFAR-10, an FID of
     367 with β_t and 41 with β̃_t. So take "beta_tilde" with a subchain, as all presets but "paper"
     do.

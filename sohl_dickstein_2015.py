@@ -401,8 +401,8 @@ def entropy_of_step(kind, s, net, x0, t):
     It is at most the right side, too.
       - The roll: the guess √ᾱ_t x_t of each coordinate of x_0 has an error of variance 1 - ᾱ_t, so
         each diagonal entry of S is at most that on average, and each diagonal entry of f_sigma at
-        most β̃_t + a_t² (1 - ᾱ_t) = β_t. Of all covariance matrices with β_t on the diagonal, β_t I,
-        which is that of a step of q, has the largest determinant (Hadamard); and the mean of
+        most β̃_t + a_t² (1 - ᾱ_t) = β_t. Of all covariance matrices with β_t on the diagonal,
+        β_t I, which is that of a step of q, has the largest determinant (Hadamard); and the mean of
         log det is at most log det of the mean.
       - Bits: to know all of x_t leaves no more entropy to a bit of x_{t-1} than to know that bit of
         x_t. As the rate is always ρ, the latter is the entropy of a step of q.
@@ -624,7 +624,6 @@ def claim_folder(name, default):
             continue
     fail(f"--out {folder} is there already; choose a new name, as a run makes its folder")
 
-# Not copied: what the flags may be.
 def positive(text):
     """argparse's type for a number of things."""
     if int(text) < 1:
