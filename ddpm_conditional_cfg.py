@@ -30,26 +30,27 @@ left lies farther from the other classes (the paper's Fig. 2). That is why guida
 for fidelity. All this holds only roughly. If one noises draws of p(x_0) p(y | x_0)^(1 + w) up to t,
 the result does not have the density p(x_t) p(y | x_t)^(1 + w), so these scores do not belong to one
 diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. For three Gaussians, for example,
-it ends still farther out (`draw_gaussians`). And the difference of two learned ε_θ need not be the
-gradient of any classifier.
+one sees it end still farther out: run `draw_gaussians`, near the end of this file. And the
+difference of two learned ε_θ need not be the gradient of any classifier.
 
 How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
 for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of
 classes, as the classes are 0..K-1. In the code ∅ is called null.
 
 The paper's notation. It writes z_λ for x_t, with λ = log(ᾱ_t / (1 - ᾱ_t)) as the time, α_λ² for
-ᾱ_t, σ_λ² for 1 - ᾱ_t, and c for y. Our letters are those of DDPM (Ho, Jain & Abbeel 2020).
+ᾱ_t, σ_λ² for 1 - ᾱ_t, and c for y. Our letters are those of DDPM (Ho, Jain & Abbeel 2020);
+schedules.py, to be read first, defines them.
 
 Differs from the paper:
-  - T steps, in all presets but "paper" by the cosine schedule; the paper draws λ in continuous
-    time, from such a schedule.
+  - T steps by the cosine schedule; the paper draws λ in continuous time, from such a schedule.
+    (The preset "paper" is DDPM's training, with its linear schedule and σ_t² = β_t.)
   - Small networks and data, as in ddpm_ho_2020.py, where the settings are explained. For cars the
     network predicts x_0, from which ε follows.
   - No FID or Inception Score, which need a downloaded network. The Fréchet distance and the score
     exp E KL are taken from a small classifier that is trained here. Compare them across w, and with
     the distance of real images.
-  - σ_t² is β̃_t in all presets but "paper", and β_t if one calls `ddpm_sample` without naming it.
-    The paper takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
+  - σ_t² is β̃_t in the presets, and β_t if one calls `ddpm_sample` without naming it. The paper
+    (in its Sec. 2) takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
   - Also drawn: w = -1, which is the unconditional model, and classifier guidance of an
     unconditional model (--guidance classifier). Sec. 3.1 guides a conditional one: there the
     network is told the label, and a classifier guides it too (--guidance both).
@@ -227,9 +228,10 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
 
     For few steps guide first, with the long s, and take the subchain then, as in the last line: the
     classifier was trained for the t of the long chain.
-    In ddim_sample this is Dhariwal & Nichol's Algorithm 2. In ddpm_sample, unclipped, it shifts μ_θ
-    by w β_t / √α_t ∇ log p(y | x_t). Their Algorithm 1 shifts it by w σ_t² ∇ log p (their Σ is
-    the covariance σ_t² I), which for σ_t² = β_t is the same but for the factor 1 / √α_t.
+    Without clipping (clip=False) this is Dhariwal & Nichol's Algorithm 2 in ddim_sample, and in
+    ddpm_sample it shifts μ_θ by w β_t / √α_t ∇ log p(y | x_t), with 1 + w for w if not conditional.
+    Their Algorithm 1 shifts it by w σ_t² ∇ log p (their Σ is the covariance σ_t² I), which for
+    σ_t² = β_t is the same but for the factor 1 / √α_t.
     classifier: any callable of x, t that returns logits (B, K) with a gradient in x
     -> a callable of x, t, for any sampler"""
     if conditional:
@@ -249,8 +251,7 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
     return eps_hat
 
 def l_classifier(net, s, x0, t, eps, y):
-    """E -log p(y | x_t): train the classifier on noised images, as it is to guide at every t.  ->
-    ()
+    """E -log p(y | x_t), (): train the classifier on noised images, as it is to guide at every t.
 
     Use it as cfg_train_step(classifier, ..., null=K, p_uncond=0, loss=l_classifier), so that no
     label becomes ∅, which is no class."""
@@ -293,10 +294,10 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two, and in 1000
     steps it hardly matters. In few steps it does: at small t the image is nearly decided, so that
     β̃_t is nearer, and β_t is several times β̃_t there. With β_t, x_{t-1} then holds more noise
-    than the network was trained to expect at t - 1. It takes out what it expects, and after the last
-    step the surplus is still in the image. DDIM's Table 1 has, for 10 steps on CIFAR-10, an FID of
-    367 with β_t and 41 with β̃_t. So take "beta_tilde" with a subchain, as all presets but "paper"
-    do.
+    than the network was trained to expect at t - 1. It takes out what it expects, and after the
+    last step the surplus is still in the image. DDIM's Table 1 has, for 10 steps on CIFAR-10, an
+    FID of 367 with β_t and 41 with β̃_t. So take "beta_tilde" with a subchain, as all presets do
+    but "paper", which is DDPM's training.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)

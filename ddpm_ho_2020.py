@@ -29,6 +29,9 @@ Differs from the paper:
     uses the exact normal distribution, the authors' code an approximation. The network computes in
     bfloat16 where that is faster. Learned variances (Table 2) are left out.
 
+schedules.py, to be read first, defines β_t, α_t and ᾱ_t and derives Eqs. (2), (4) and (7), with
+μ̃_t and β̃_t.
+
 Shapes: B batch, C channels, H height, W width, D embedding; () is one number.
 """
 import copy
@@ -52,7 +55,8 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 def l_simple(net, s, x0, t, eps):
-    """How well does the network predict the noise? L_simple = E |ε - ε_θ(x_t, t)|², Eq. (14).
+    """How well does the network predict the noise? L_simple = E |ε - ε_θ(x_t, t)|², Eq. (14), here
+    per dimension.
 
     It comes from the bound on the likelihood. By Eqs. (4) and (7),
     μ̃_t = (x_t - β_t / √(1 - ᾱ_t) ε) / √α_t, and μ_θ is the same with ε_θ for ε, Eq. (11). So the
@@ -86,8 +90,8 @@ def train_step(net, ema, opt, s, x0, step, loss=l_simple, decay=0.9999):
     weights, so step / (step + 9) is kept instead as long as it is smaller. That is up to step
     90,000 for decay=0.9999 and 9,000 for 0.999: in shorter runs decay has no effect. The
     average then reaches back over about the last ninth of the steps: after n of them, those up to
-    the k-th still have a share of about (k / n)⁹. Only parameters are averaged: if your network has
-    BatchNorm, copy its buffers too.
+    the k-th have a share of about (k / n)⁹, which is 1/e a ninth before the end. Only parameters
+    are averaged: if your network has BatchNorm, copy its buffers too.
 
     x0 (B, C, H, W) in [-1, 1];  step counts from 1.  -> the loss, ()"""
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 3: uniform on 1, ..., T
@@ -133,10 +137,10 @@ def p_theta(eps_theta, s, xt, t, variance="beta", clip=True):
     β̃_t, right if x_0 is one fixed image (Sec. 3.2). Real data lie between the two, and in 1000
     steps it hardly matters. In few steps it does: at small t the image is nearly decided, so that
     β̃_t is nearer, and β_t is several times β̃_t there. With β_t, x_{t-1} then holds more noise
-    than the network was trained to expect at t - 1. It takes out what it expects, and after the last
-    step the surplus is still in the image. DDIM's Table 1 has, for 10 steps on CIFAR-10, an FID of
-    367 with β_t and 41 with β̃_t. So take "beta_tilde" with a subchain, as all presets but "paper"
-    do.
+    than the network was trained to expect at t - 1. It takes out what it expects, and after the
+    last step the surplus is still in the image. DDIM's Table 1 has, for 10 steps on CIFAR-10, an
+    FID of 367 with β_t and 41 with β̃_t. So take "beta_tilde" with a subchain, as all presets do
+    but "paper", which is DDPM's training.
     eps_theta: any callable of x (B, ...) and t (B,) that returns the predicted noise (B, ...)
     -> μ_θ (B, ...), σ_t² (B, 1, ..., 1), x̂_0 (B, ...)"""
     x0_hat = predict_x0(s, xt, t, eps_theta(xt, t), clip)
@@ -360,7 +364,8 @@ def gaussian_kl(mean1, variance1, mean2, variance2):
 
 def bound_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
     """For each example, the term of Eq. (5) for its t in bits, and |x_0 - x̂_0|², both per
-    dimension.
+    dimension.  The bound: E -log p_θ(x_0) ≤ L_T + Σ_{t > 1} L_{t-1} + L_0, with
+    L_T = KL(q(x_T | x_0) || N(0, I)).
 
     For t > 1 it is L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)), Eq. (8) with its
     constant written out. For t = 1 it is L_0 = -log p_θ(x_0 | x_1), Eq. (13). There σ_1² is β̃_2,

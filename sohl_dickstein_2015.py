@@ -21,17 +21,18 @@ log π(x_T) + Σ_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1}). By Bayes' rule, for 
     q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) · q(x_t | x_0) / q(x_{t-1} | x_0)
 
 The first factor makes the KL of each step. Of the others, when their logarithms are added up, all
-cancel but the entropies of the last and of the first step. The sum starts at t = 2 because the
-last step p(x_0 | x_1) is not learned; `reverse` says why. DDPM's bound, its Eq. (5), is the same
-with the opposite sign, but for a last step that is learned. Its L_T is here
-H_p(X_T) - H_q(X_T|X_0). Its L_0, E -log p(x_0 | x_1), is here H_q(X_1|X_0), as the last step p and
-the first step q have the same mean log-probability (`reverse` shows it).
+cancel but q(x_T | x_0) and q(x_1 | x_0), whose mean logarithms are minus their entropies. The sum
+starts at t = 2 because the last step p(x_0 | x_1) is not learned: it is the forward step with β_1,
+and adds nothing to K, as `reverse` shows. DDPM's bound, its Eq. (5), is the same with the opposite
+sign, but for a last step that is learned. Its L_T is here H_p(X_T) - H_q(X_T|X_0). Its L_0,
+E -log p(x_0 | x_1), is here H_q(X_1|X_0), as the last step p and the first step q have the same
+mean log-probability.
 
 Eq. (14) assumes that -E log π(x_t) is the same for every t. As ᾱ_t goes to 0, x_t becomes a draw
 from π and this value becomes H_p(X_T), the entropy of π; if it is the same for every t, it is
-H_p(X_T) everywhere. This is why the Swiss roll is standardised. log π is a sum of squares of the
-coordinates; each has mean 0 and variance 1, as under π, and x_t keeps both at every t. For the same
-reason the bits of π are 1 as often as those of the heartbeat data.
+H_p(X_T) everywhere. This is why the Swiss roll is standardised. log π is a constant less half the
+sum of squares of the coordinates; each has mean 0 and variance 1, as under π, and x_t keeps both at
+every t. For the same reason the bits of π are 1 as often as those of the heartbeat data.
 
     python sohl_dickstein_2015.py                       # Swiss roll, T = 40, β is learned too
     python sohl_dickstein_2015.py --dataset heartbeat   # binary sequences, T = 2000
@@ -52,6 +53,10 @@ Differs from the paper, most important first:
   - β_T of the heartbeat is 0.999, not 1.
   - The figure shows scores, where the paper's Fig. 1 shows the drift f_mu(x_t, t) - x_t.
   - The optimiser is Adam, with clipped gradients. The paper's is SFO, a quasi-Newton method.
+
+As in DDPM, ᾱ_t = (1 - β_1) ... (1 - β_t); schedules.py, to be read first, says more of it. Here
+it is the share of the variance of x_t that comes from x_0 or, for a bit, the probability that it is
+still that of x_0: in step t a bit is drawn anew from π with probability β_t.
 
 Shapes: B is the batch. D is the number of coordinates of x: 2 for the roll, 20 for the heartbeat.
 t is (B,), integers. ᾱ_t for each example is (B, 1), made by extract(s.alpha_bar, t, x0). All is
