@@ -348,7 +348,7 @@ def ddim_sample(eps_theta, s, x, clip=True):
 def subchain(eps_theta, s, steps, last=None):
     """A shorter chain, through only `steps` of the T times.  Song, Meng & Ermon 2020, Sec. 4.2.
 
-        short_theta, short = subchain(eps_theta, s, 50)
+        short_theta, short = subchain(eps_theta, s, 50)  # eps_theta as in ddpm_sample's example
         noise = torch.randn(16, 1, 28, 28, device=device)
         x0 = last_image(ddim_sample(short_theta, short, noise))
 

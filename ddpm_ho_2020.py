@@ -64,8 +64,9 @@ def l_simple(net, s, x0, t, eps):
     the weight β_t² / (2 σ_t² α_t (1 - ᾱ_t)).
 
     With the linear schedule the weight is largest at small t, where the image is nearly clean and
-    there is little to learn. L_simple leaves it out, so that the network spends its effort on the
-    noisier, harder t. That is no longer the bound, but it gave the paper its best images (Table 2).
+    there is little to learn. (With cosine and σ_t² = β_t it is large near t = T, too.) L_simple
+    leaves it out, so that the network spends its effort on the noisier, harder t. That is no longer
+    the bound, but it gave the paper its best images (Table 2).
 
     net: ε_θ;  x0 (B, C, H, W) in [-1, 1];  t (B,) integers in 1..T;  eps like x0, from N(0, I)
     -> (), the mean over the batch and over the dimensions of x"""
@@ -369,7 +370,8 @@ def bound_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
 
     For t > 1 it is L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)), Eq. (8) with its
     constant written out. For t = 1 it is L_0 = -log p_θ(x_0 | x_1), Eq. (13). There σ_1² is β̃_2,
-    as in the authors' code: β̃_1 is 0, and a density of variance 0 has no likelihood.
+    as in the authors' code: β̃_1 is 0, and a density of variance 0 has no likelihood. So T is at
+    least 2.
     x0, eps (B, ...), t (B,) -> (B,), (B,)"""
     xt = s.q_sample(x0, t, eps)
     mu_theta, sigma2, x0_hat = p_theta(eps_theta, s, xt, t, variance, clip)
@@ -496,7 +498,7 @@ def ddim_sample(eps_theta, s, x, clip=True):
 def subchain(eps_theta, s, steps, last=None):
     """A shorter chain, through only `steps` of the T times.  Song, Meng & Ermon 2020, Sec. 4.2.
 
-        short_theta, short = subchain(eps_theta, s, 50)
+        short_theta, short = subchain(eps_theta, s, 50)  # eps_theta as in ddpm_sample's example
         noise = torch.randn(16, 1, 28, 28, device=device)
         x0 = last_image(ddim_sample(short_theta, short, noise))
 

@@ -172,7 +172,7 @@ class Schedule:
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         for name, table in vars(self).items():
             if isinstance(table, torch.Tensor):
-                setattr(self, name, table.to(dtype).to(device))
+                setattr(self, name, table.cpu().to(dtype).to(device))
         return self
 
     def q_sample(self, x0, t, eps):
