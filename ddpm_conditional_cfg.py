@@ -29,9 +29,10 @@ classifier's probability is squared. Images that could be of another class are l
 left lies farther from the other classes (the paper's Fig. 2). That is why guidance trades variety
 for fidelity. All this holds only roughly. If one noises draws of p(x_0) p(y | x_0)^(1 + w) up to t,
 the result does not have the density p(x_t) p(y | x_t)^(1 + w), so these scores do not belong to one
-diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. For three Gaussians, for example,
-one sees it end still farther out: run `draw_gaussians`, near the end of this file. And the
-difference of two learned ε_θ need not be the gradient of any classifier.
+diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. With the three Gaussians of
+`draw_gaussians`, for example, near the end of this file, the mean of that density is 1.05 from the
+centre at w = 1, and the samples' mean is 1.21: still farther out. And the difference of two learned
+ε_θ need not be the gradient of any classifier.
 
 How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
 for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of
@@ -49,8 +50,8 @@ Differs from the paper:
   - No FID or Inception Score, which need a downloaded network. The Fréchet distance and the score
     exp E KL are taken from a small classifier that is trained here. Compare them across w, and with
     the distance of real images.
-  - σ_t² is β̃_t in the presets, and β_t if one calls `ddpm_sample` without naming it. The paper
-    (in its Sec. 2) takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
+  - σ_t² is β̃_t in all presets but "paper". The default of `ddpm_sample` is β_t. The paper (in its
+    Sec. 2) takes β̃_t^(1-v) β_t^v, with v = 0.3 at 64x64 and 0.2 at 128x128.
   - Also drawn: w = -1, which is the unconditional model, and classifier guidance of an
     unconditional model (--guidance classifier). Sec. 3.1 guides a conditional one: there the
     network is told the label, and a classifier guides it too (--guidance both).
@@ -131,8 +132,8 @@ def guided(eps_theta, y, null, w, t_max=None):
     the network and not two. Much other code has a "guidance scale", which is our 1 + w.
 
     t_max: guide only where t ≤ t_max, and use w = 0 at larger t, because in the noisiest steps
-    guidance drives all samples of a class to the same image. This is not the paper's but one half
-    of Kynkäänniemi et al. 2024, who also stop guiding at small t.
+    guidance drives all samples of a class to the same image. This is not in the paper but from
+    Kynkäänniemi et al. 2024, who guide at the t in the middle only: not at small t, either.
 
     For few steps guide first, and take the subchain then. t_max is a t of the long chain.
 
@@ -211,9 +212,9 @@ def classifier_guided(eps_theta, classifier, s, y, null, w, conditional=True):
     model without a label, ε_θ(x_t, t, ∅) - (1 + w) √(1 - ᾱ_t) ∇ log p(y | x_t), and a network that
     takes no labels will do: eps_theta = lambda x, t, y: net(x, t).
 
-    As ∇ log p(y | x_t) is what the label adds, the two and Eq. (6) are the same if all are exact.
-    In practice Dhariwal & Nichol got their best results from the conditional one, and so the paper
-    guides that one.
+    ∇ log p(y | x_t) is the score with the label minus the score without it. So if network and
+    classifier are exact, both of these and Eq. (6) give the same noise. In practice Dhariwal &
+    Nichol got their best results from the conditional one, and so the paper guides that one.
 
         classifier = NoisyClassifier(10, (1, 28, 28), 16, (1, 2, 2), attention=(7,)).to(device)
         average = copy.deepcopy(classifier).eval()
@@ -357,10 +358,10 @@ def subchain(eps_theta, s, steps, last=None):
     Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
     it as it stands. The new i = 1..steps stands for t = i · last / steps, rounded.
 
-    last is T, unless one names a smaller t to begin at. At the end of cosine ᾱ_t is so small that
-    x̂_0, which is divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended,
-    in 20 it is not. With last=980 the steps lie between 0 and 980, and none of them is spent there.
-    x_980 is still noise to the eye: √ᾱ_980 = 0.03.
+    last is T, unless one names a smaller t to begin at. Near t = T of the cosine schedule √ᾱ_t is
+    so small that x̂_0, the result of dividing by it, is nothing but clipped noise. In 1000 steps
+    this is soon mended, in 20 it is not. With last=980 no step is spent on t > 980. At t = 980,
+    where √ᾱ_t = 0.03, the image is still noise to the eye.
     With ddpm_sample pass variance="beta_tilde" here; p_theta says why. Guide first and take the
     subchain then, because a classifier knows only the t of the long chain.
     steps is at most T (or last), else ValueError.
@@ -379,8 +380,8 @@ def as_eps_theta(net, s, predict):
     """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
     s is the schedule that the network was trained with. Do this first, then guide, and take the
-    subchain last. Any other order can be wrong without an error: s is to be asked for the t of the
-    long chain, and a classifier's gradient is to be added to ε and not to x̂_0 or μ.
+    subchain last. Any other order can be wrong without an error: the t that is looked up in s has
+    to be of the long chain, and a classifier's gradient has to be added to ε, not to x̂_0 or μ.
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))
@@ -432,8 +433,8 @@ def time_embedding(t, dim):
     """Write t as sines and cosines of dim/2 frequencies, from 1 down to 1/10000.  (B,) -> (B, dim)
 
     The fast ones tell t from t + 1 and the slow ones early from late, like the hands of a clock.
-    The last frequency is exactly 1/10000, as in the authors' code. In Vaswani et al. 2017 it would
-    come one step later."""
+    The last frequency is exactly 1/10000, as in the authors' code. In Vaswani et al. 2017 the
+    frequencies end one step before it."""
     f = torch.logspace(0, -4, dim // 2, device=t.device)
     angle = t[:, None] * f
     return torch.cat([angle.sin(), angle.cos()], 1)

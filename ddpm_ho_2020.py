@@ -29,8 +29,8 @@ Differs from the paper:
     uses the exact normal distribution, the authors' code an approximation. The network computes in
     bfloat16 where that is faster. Learned variances (Table 2) are left out.
 
-schedules.py, to be read first, defines β_t, α_t and ᾱ_t and derives Eqs. (2), (4) and (7), with
-μ̃_t and β̃_t.
+schedules.py, to be read first, defines β_t, α_t and ᾱ_t by Eq. (2), and derives Eqs. (4) and (7),
+with μ̃_t and β̃_t.
 
 Shapes: B batch, C channels, H height, W width, D embedding; () is one number.
 """
@@ -64,9 +64,9 @@ def l_simple(net, s, x0, t, eps):
     the weight β_t² / (2 σ_t² α_t (1 - ᾱ_t)).
 
     With the linear schedule the weight is largest at small t, where the image is nearly clean and
-    there is little to learn. (With cosine and σ_t² = β_t it is large near t = T, too.) L_simple
-    leaves it out, so that the network spends its effort on the noisier, harder t. That is no longer
-    the bound, but it gave the paper its best images (Table 2).
+    there is little to learn. (With cosine it is large near t = T, too, where α_t is almost 0.)
+    L_simple leaves it out, so that the network spends its effort on the noisier, harder t. That is
+    no longer the bound, but it gave the paper its best images (Table 2).
 
     net: ε_θ;  x0 (B, C, H, W) in [-1, 1];  t (B,) integers in 1..T;  eps like x0, from N(0, I)
     -> (), the mean over the batch and over the dimensions of x"""
@@ -86,13 +86,15 @@ def train_step(net, ema, opt, s, x0, step, loss=l_simple, decay=0.9999):
             train_step(net, ema, opt, s, x0, step)
 
     ema is a copy of net whose weights are a moving average of net's (Appendix B). The weights of
-    one step are noisy; their average draws better images, so one samples from ema. decay is the
-    part of the average that is kept at each step. Early on this would hold on to the untrained
-    weights, so step / (step + 9) is kept instead as long as it is smaller. That is up to step
-    90,000 for decay=0.9999 and 9,000 for 0.999: in shorter runs decay has no effect. The
-    average then reaches back over about the last ninth of the steps: after n of them, those up to
-    the k-th have a share of about (k / n)⁹, which is 1/e a ninth before the end. Only parameters
-    are averaged: if your network has BatchNorm, copy its buffers too.
+    one step are noisy; their average draws better images, so one samples from ema. At each step
+    the part decay of the average is kept. Early in training so large a part would hold on to the
+    untrained weights. So the part that is kept is the smaller of decay and step / (step + 9).
+
+    With decay=0.9999 the second is the smaller one up to step 90,000, and with 0.999 up to step
+    9,000: in shorter runs decay has no effect. The average then covers roughly the last ninth of
+    the steps. (After n steps, the weights of steps 1 to k together have a share of about (k / n)⁹
+    in it, which is 1/e for k = 8n/9.) Only parameters are averaged: if your network has BatchNorm,
+    copy its buffers too.
 
     x0 (B, C, H, W) in [-1, 1];  step counts from 1.  -> the loss, ()"""
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 3: uniform on 1, ..., T
@@ -192,8 +194,8 @@ def time_embedding(t, dim):
     """Write t as sines and cosines of dim/2 frequencies, from 1 down to 1/10000.  (B,) -> (B, dim)
 
     The fast ones tell t from t + 1 and the slow ones early from late, like the hands of a clock.
-    The last frequency is exactly 1/10000, as in the authors' code. In Vaswani et al. 2017 it would
-    come one step later."""
+    The last frequency is exactly 1/10000, as in the authors' code. In Vaswani et al. 2017 the
+    frequencies end one step before it."""
     f = torch.logspace(0, -4, dim // 2, device=t.device)
     angle = t[:, None] * f
     return torch.cat([angle.sin(), angle.cos()], 1)
@@ -364,14 +366,17 @@ def gaussian_kl(mean1, variance1, mean2, variance2):
     return (log_ratio - 1 + (variance1 + (mean1 - mean2) ** 2) / variance2) / 2
 
 def bound_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
-    """For each example, the term of Eq. (5) for its t in bits, and |x_0 - x̂_0|², both per
-    dimension.  The bound: E -log p_θ(x_0) ≤ L_T + Σ_{t > 1} L_{t-1} + L_0, with
-    L_T = KL(q(x_T | x_0) || N(0, I)).
+    """Two numbers for each example: the term of the bound that belongs to its t, in bits per
+    dimension, and |x_0 - x̂_0|² per dimension.
 
-    For t > 1 it is L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)), Eq. (8) with its
-    constant written out. For t = 1 it is L_0 = -log p_θ(x_0 | x_1), Eq. (13). There σ_1² is β̃_2,
-    as in the authors' code: β̃_1 is 0, and a density of variance 0 has no likelihood. So T is at
-    least 2.
+    The bound is Eq. (5): E -log p_θ(x_0) ≤ L_T + Σ_{t > 1} L_{t-1} + L_0, with
+
+        L_T     = KL(q(x_T | x_0) || N(0, I))
+        L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)),  Eq. (8) with its constant
+        L_0     = -log p_θ(x_0 | x_1),  Eq. (13)
+
+    In L_0, σ_1² is β̃_2, as in the authors' code: β̃_1 is 0, and a density of variance 0 has no
+    likelihood. So T is at least 2.
     x0, eps (B, ...), t (B,) -> (B,), (B,)"""
     xt = s.q_sample(x0, t, eps)
     mu_theta, sigma2, x0_hat = p_theta(eps_theta, s, xt, t, variance, clip)
@@ -460,8 +465,8 @@ def as_eps_theta(net, s, predict):
     """Turn a network that predicts "eps", "x0" or "mu" into ε_θ, for whatever takes an ε_θ.
 
     s is the schedule that the network was trained with. Do this first, then guide, and take the
-    subchain last. Any other order can be wrong without an error: s is to be asked for the t of the
-    long chain, and a classifier's gradient is to be added to ε and not to x̂_0 or μ.
+    subchain last. Any other order can be wrong without an error: the t that is looked up in s has
+    to be of the long chain, and a classifier's gradient has to be added to ε, not to x̂_0 or μ.
     -> a callable of x_t, t (and of the labels, if the network takes them)"""
     def from_x0(xt, t, *y):  # y: the labels, for a network that takes them
         return predict_eps(s, xt, t, net(xt, t, *y))
@@ -507,10 +512,10 @@ def subchain(eps_theta, s, steps, last=None):
     Schedule of their own, with the same ᾱ and these larger β, and the trained network is right for
     it as it stands. The new i = 1..steps stands for t = i · last / steps, rounded.
 
-    last is T, unless one names a smaller t to begin at. At the end of cosine ᾱ_t is so small that
-    x̂_0, which is divided by √ᾱ_t, is nothing but clipped noise. In 1000 steps this is soon mended,
-    in 20 it is not. With last=980 the steps lie between 0 and 980, and none of them is spent there.
-    x_980 is still noise to the eye: √ᾱ_980 = 0.03.
+    last is T, unless one names a smaller t to begin at. Near t = T of the cosine schedule √ᾱ_t is
+    so small that x̂_0, the result of dividing by it, is nothing but clipped noise. In 1000 steps
+    this is soon mended, in 20 it is not. With last=980 no step is spent on t > 980. At t = 980,
+    where √ᾱ_t = 0.03, the image is still noise to the eye.
     With ddpm_sample pass variance="beta_tilde" here; p_theta says why. Guide first and take the
     subchain then, because a classifier knows only the t of the long chain.
     steps is at most T (or last), else ValueError.
@@ -540,11 +545,14 @@ def langevin_sample(eps_theta, s, x, clip=True, repeats=5, step=0.2):
     """Annealed Langevin dynamics, Song & Ermon 2019, Algorithm 1: follow the score, and add noise.
 
     At each noise level, from t = T to 1, repeat:  x ← x + a/2 ∇ log q(x) + √a z.
-    The step size a = 0.2 σ² goes with σ² = 1 - ᾱ_t: the score is about 1/σ, so both terms then move
-    x by a fixed fraction of σ at every level. (Their code takes 0.4 σ².) They use 100 steps at each
-    of 10 levels; five steps at many levels, and the last step to x̂_0, are from Song & Ermon 2020.
-    Our levels are those of q, and x goes from one to the next unchanged. So the x that is yielded
-    with t - 1 still has the noise of level t."""
+    If x has the density q and a is small, such a step leaves it so: the noise spreads x out just as
+    much as the drift towards larger q draws it together. (To see it for N(0, 1), where the score is
+    -x: the variance becomes (1 - a/2)² + a = 1 + a²/4.) If x has another density, repeating the
+    step leads it to q. The step size a = 0.2 σ² goes with σ² = 1 - ᾱ_t: the score is about 1/σ, so
+    both terms then move x by a fixed fraction of σ at every level. (Their code takes 0.4 σ².) They
+    use 100 steps at each of 10 levels; five steps at many levels, and the last step to x̂_0, are
+    from Song & Ermon 2020. Our levels are those of q, and x goes from one to the next unchanged. So
+    the x that is yielded with t - 1 still has the noise of level t."""
     for t in range(s.T, 0, -1):
         ts = torch.full((len(x),), t, device=x.device)
         a = extract(step * (1 - s.alpha_bar), t, x)

@@ -11,7 +11,9 @@ to any x_t at once (Ho et al. 2020, Eq. (4)):
 
     q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I),   where α_t = 1 - β_t and ᾱ_t = α_1 α_2 ... α_t
 
-Here too the size is kept: ᾱ_t + (1 - ᾱ_t) = 1. A schedule says how fast ᾱ_t falls from 1 (at t = 0,
+For if x_{t-1} has the mean √ᾱ_{t-1} x_0 and the variance 1 - ᾱ_{t-1}, then step t makes of them the
+mean √α_t √ᾱ_{t-1} x_0 = √ᾱ_t x_0 and the variance α_t (1 - ᾱ_{t-1}) + β_t = 1 - ᾱ_t. Here too the
+size is kept: ᾱ_t + (1 - ᾱ_t) = 1. A schedule says how fast ᾱ_t falls from 1 (at t = 0,
 the data) to almost 0 (at t = T, pure noise). This file holds seven schedules and the class
 `Schedule`, which makes the tables of one. Nothing in it is learned.
 
@@ -94,7 +96,8 @@ def cosine(T):
 def sigmoid(T):
     """ᾱ_t falls as the sigmoid of -(6 t/T - 3) / τ, stretched to go from 1 to 0.
 
-    Jabri et al. 2022. From -3 to 3 and τ = 1 are the defaults of their code."""
+    Jabri et al. 2022. The range from -3 to 3 is the default of their code, and so is τ = 1, which
+    is left out below."""
     v = torch.sigmoid(6 * time_from_0_to_1(T) - 3)
     return beta_of_alpha_bar((v[-1] - v) / (v[-1] - v[0]))
 
@@ -153,7 +156,7 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
 
         # Ho et al. 2020, Eq. (7), for t = 1..T. An entry for t = 0 is put in front of each, so that
-        # table[t] is the value at t. No step needs it: with it q_posterior gives x_0 and no noise.
+        # table[t] is the value at t. No step uses t = 0. q_posterior would give x_0 and no noise.
         alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}
         beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta[1:]
         weight_x0 = alpha_bar_prev.sqrt() * beta[1:] / (1 - alpha_bar)

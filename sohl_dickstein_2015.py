@@ -136,8 +136,8 @@ def gaussian_p(s, xt, t, moments):
     mean of the second step's covariance, β̃_t I, plus the covariance of its mean, a_t² S. Among all
     Gaussians, the one with this mean and covariance has the smallest KL in Eq. (14) on average over
     x_0 given x_t, whatever its distribution: the average of KL(q(x_{t-1} | x_t, x_0) || p) is
-    KL(q(x_{t-1} | x_t) || p) and a constant, and a Gaussian is nearest to a distribution if it has
-    the same mean and covariance.
+    KL(q(x_{t-1} | x_t) || p) plus a term without p. And of all Gaussians p, the one with the mean
+    and covariance of a distribution q has the smallest KL(q || p).
 
         x_prev = gaussian_p(s, xt, t, net(xt, extract(s.alpha_bar, t, xt))).sample()
 
@@ -290,7 +290,7 @@ def train_step(kind, net, opt, x0):
 
         net = RollNet(start_beta("learned", 40), learned=True)
         opt = torch.optim.Adam(net.parameters(), 4e-3)
-        for step in range(6000):
+        for step in range(6000):  # the script lets the learning rate fall to 0 meanwhile
             x0 = draw_roll(2048, 0.02, seed=step)  # a new batch (B, 2), standardised; your data
             K = train_step(GAUSSIAN, net, opt, x0)
         s = learned_schedule(net.beta_logits.detach())  # the β that were learned, for `reverse`
@@ -362,8 +362,9 @@ def given(net, y, precision, xt, alpha_bar):
 
         q(x_{t-1} | x_t, x_0) p(x_0 | x_t) = p(x_{t-1} | x_t) p(x_0 | x_{t-1})
 
-    Multiply both sides by r(x_0), and integrate over x_0. The left side becomes the average of
-    q(x_{t-1} | x_t, x_0) over x_0 given x_t and y:
+    Multiply both sides by r(x_0), and integrate over x_0. The left side becomes E[r(x_0) | x_t],
+    which we call Z(x_t), times the average of q(x_{t-1} | x_t, x_0) over x_0 given x_t and y. That
+    average is p(x_{t-1} | x_t, y). Divide by Z(x_t):
 
         p(x_{t-1} | x_t, y) = p(x_{t-1} | x_t) r(x_{t-1}) / Z(x_t)
 
@@ -376,9 +377,9 @@ def given(net, y, precision, xt, alpha_bar):
         x0 = end_of(reverse(GAUSSIAN, s, partial(given, net, y, precision), xT))
 
     It is exact if p(x_0 | x_t) is Gaussian, where the paper's rule is biased. On the roll
-    p(x_0 | x_t) has several modes, one on each turn nearby, and neither rule is exact. There the
-    paper's rule is a little better for a broad r, as in denoising, and ours for a sharp r, as in
-    inpainting.
+    p(x_0 | x_t) has several modes, one on each turn nearby, and neither rule is exact. Which is
+    nearer to the exact posterior depends on y and on the roll's noise: ours more often, but not
+    always. `measure_posteriors`, below, compares the two for one y.
     net: any that returns moments, as RollNet does;  xt (B, D), alpha_bar (B, 1);  y, precision (D,)
     -> moments as of net: (B, D), (B, D, D)"""
     x0_hat, S = net(xt, alpha_bar)
@@ -396,21 +397,22 @@ def entropy_of_step(kind, s, net, x0, t):
 
     The left side is H_q(X_{t-1}|X_t,X_0): to know x_0 as well can only lower an entropy. The right
     inequality holds if H_q(X_{t-1}) ≤ H_q(X_t). This is true of standardised data and of bits of
-    rate ρ: there E log π(x_t) is the same for all t, so H_q(X_t) can only grow as
-    KL(q(x_t) || π) falls, and a step that keeps π can only bring q nearer to it.
+    rate ρ: there E log π(x_t) is the same for all t, so that H_q(X_t) is a constant minus
+    KL(q(x_t) || π). A step that keeps π never increases this KL, so H_q(X_t) never falls.
 
     If the moments are exact, the mean entropy of p exceeds the left side by the KL of step t in
     Eq. (14). That KL is the mean of -log p(x_{t-1} | x_t), less the left side. The mean of -log p
     depends on x_{t-1} only through its moments, so with exact moments it is the entropy of p.
 
-    It is at most the right side, too.
+    With exact moments, the mean entropy of p is also at most the right side.
       - The roll: the guess √ᾱ_t x_t of each coordinate of x_0 has an error of variance 1 - ᾱ_t, so
         each diagonal entry of S is at most that on average, and each diagonal entry of f_sigma at
         most β̃_t + a_t² (1 - ᾱ_t) = β_t. Of all covariance matrices with β_t on the diagonal,
         β_t I, which is that of a step of q, has the largest determinant (Hadamard); and the mean of
         log det is at most log det of the mean.
-      - Bits: to know all of x_t leaves no more entropy to a bit of x_{t-1} than to know that bit of
-        x_t. As the rate is always ρ, the latter is the entropy of a step of q.
+      - Bits: given all of x_t, the entropy of a bit of x_{t-1} is at most its entropy given only
+        the same bit of x_t. Both bits have the rate ρ, so one has as much entropy given the other
+        as the other given it, and this is the entropy of a step of q.
 
         left, ours, right = entropy_of_step(GAUSSIAN, s, net, x0, t)
 
@@ -431,7 +433,8 @@ def entropy_of_step(kind, s, net, x0, t):
 def start_beta(schedule, T):
     """β_1..β_T to start from: those of a schedule or, for "learned", with evenly spaced log-SNR.
 
-    "learned" names only this start; that β then learns is RollNet's argument learned=True.
+    "learned" means only this starting point. Whether β is then trained is decided by RollNet's
+    argument `learned`.
 
     The signal-to-noise ratio is SNR = ᾱ / (1 - ᾱ). Its log falls from 16 to -6. At 16 the noise in
     x_1 has variance e^-16 = 1e-7, far below that of the roll's own noise, 1e-5. At -6 only
