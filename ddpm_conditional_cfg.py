@@ -29,10 +29,10 @@ classifier's probability is squared. Images that could be of another class are l
 left lies farther from the other classes (the paper's Fig. 2). That is why guidance trades variety
 for fidelity. All this holds only roughly. If one noises draws of p(x_0) p(y | x_0)^(1 + w) up to t,
 the result does not have the density p(x_t) p(y | x_t)^(1 + w), so these scores do not belong to one
-diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. With the three Gaussians of
-`draw_gaussians`, for example, near the end of this file, the mean of that density is 1.05 from the
-centre at w = 1, and the samples' mean is 1.21: still farther out. And the difference of two learned
-ε_θ need not be the gradient of any classifier.
+diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. An example are the three Gaussians
+of `draw_gaussians`, near the end of this file. Their means lie at a distance of 1 from the origin.
+At w = 1 the mean of p(x_0 | y) p(y | x_0)^w is at 1.05, and the mean of the guided samples at 1.21.
+And the difference of two learned ε_θ need not be the gradient of any classifier.
 
 How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
 for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of
@@ -101,9 +101,10 @@ def cfg_train_step(net, ema, opt, s, x0, y, step, null, p_uncond=0.1, loss=l_cfg
             cfg_train_step(net, ema, opt, s, x0, y, step, null=10)
 
     But for the labels it is DDPM's Algorithm 1. Where y is a label, ε_θ learns p(x | y), and where
-    it is ∅, p(x). ema is the moving average of net's weights, from which one samples. The part of
-    it that is kept at each step is the smaller of decay and step / (step + 9), so that it forgets
-    the untrained weights. In runs below 90,000 steps, 0.9999 is therefore never reached.
+    it is ∅, p(x). ema is the moving average of net's weights, from which one samples. Each step
+    replaces it by decay · average + (1 - decay) · weights. For decay the smaller of decay and step
+    / (step + 9) is taken, so that the average forgets the untrained weights. In runs below 90,000
+    steps, 0.9999 is therefore never reached.
     x0 (B, C, H, W) in [-1, 1];  y (B,) in 0..K-1;  step counts from 1.  -> the loss, ()"""
     y = drop_labels(y, null, p_uncond)                           # 3: c becomes ∅
     t = torch.randint(1, s.T + 1, (len(x0),), device=x0.device)  # 4: the paper draws λ

@@ -86,14 +86,13 @@ def train_step(net, ema, opt, s, x0, step, loss=l_simple, decay=0.9999):
             train_step(net, ema, opt, s, x0, step)
 
     ema is a copy of net whose weights are a moving average of net's (Appendix B). The weights of
-    one step are noisy; their average draws better images, so one samples from ema. At each step
-    the part decay of the average is kept. Early in training so large a part would hold on to the
-    untrained weights. So the part that is kept is the smaller of decay and step / (step + 9).
-
-    With decay=0.9999 the second is the smaller one up to step 90,000, and with 0.999 up to step
-    9,000: in shorter runs decay has no effect. The average then covers roughly the last ninth of
-    the steps. (After n steps, the weights of steps 1 to k together have a share of about (k / n)⁹
-    in it, which is 1/e for k = 8n/9.) Only parameters are averaged: if your network has BatchNorm,
+    one step are noisy; their average draws better images, so one samples from ema. Each step
+    replaces the average by decay · average + (1 - decay) · weights. Early in training, 0.9999 would
+    keep the untrained weights for thousands of steps. So the smaller of decay and step / (step + 9)
+    is used. This is the latter up to step 90,000 for decay=0.9999, and up to step 9,000 for 0.999:
+    in shorter runs decay has no effect. The average then covers roughly the last ninth of the
+    steps. (After n steps, the weights of steps 1 to k together have a share of about (k / n)⁹ in
+    it, which is 1/e for k = 8n/9.) Only parameters are averaged: if your network has BatchNorm,
     copy its buffers too.
 
     x0 (B, C, H, W) in [-1, 1];  step counts from 1.  -> the loss, ()"""
@@ -383,8 +382,9 @@ def bound_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
     mu_tilde, beta_tilde = s.q_posterior(x0, xt, t)
     is_1 = (t == 1).reshape(sigma2.shape)
     sigma2 = torch.where(is_1, s.beta_tilde[2].to(x0.dtype), sigma2)
-    # At t = 1 the KL is infinite and not used. That does no harm to the gradient of the network: it
-    # is infinite because of log(σ² / β̃), which holds no prediction.
+    # At t = 1 the KL is infinite, because of log(σ² / β̃), and where() discards it. Its gradient is
+    # then multiplied by 0. This gives 0 and not NaN, as the gradient in μ_θ, (μ_θ - μ̃) / σ², is
+    # finite.
     kl = gaussian_kl(mu_tilde, beta_tilde, mu_theta, sigma2)
     nats = torch.where(is_1, -discrete_log_likelihood(x0, mu_theta, sigma2.sqrt()), kl)
     return nats.flatten(1).mean(1) / math.log(2), ((x0 - x0_hat) ** 2).flatten(1).mean(1)
@@ -577,8 +577,8 @@ def repaint_sample(eps_theta, s, x, x0, known, variance="beta", clip=True, draws
     The two were drawn apart and do not fit each other. So a step of q leads back to x_t, where the
     network sees both, and x_{t-1} is drawn again, `draws` times per t (their U).
 
-    In equal time, few larger steps (subchain) with many draws let the parts adapt better: 25 steps
-    of 40 beat 100 of 10. Their own remedy is to jump back by 10 steps at once, 10 times, with
+    In equal time, few larger steps (subchain) with many draws let the parts adapt better than many
+    small steps with few draws. Their own remedy is to jump back by 10 steps at once, 10 times, with
     T = 250. Their Algorithm 1 is misprinted. The known pixels are √ᾱ_{t-1} x_0 + √(1 - ᾱ_{t-1}) ε
     (there: ᾱ_t, and no root over 1 - ᾱ_t), and the step back to x_t has β_t (there: β_{t-1}).
 

@@ -222,8 +222,10 @@ def readable_share(s, t, x, y, eps):
     """How readable are data noised to t? Of the last 500, the share whose nearest neighbour is of
     their class.  x: 8x8 digits or points of the Swiss roll;  y: their classes
 
-    The best guess for a noised x_t is the x_0 of largest q(x_t | x_0). This is the x_0 for which
-    √ᾱ_t x_0 is nearest to x_t, as log q(x_t | x_0) = -|x_t - √ᾱ_t x_0|² / (2 (1 - ᾱ_t)) + constant.
+    If all x_0 are equally likely, the most probable one given x_t is that of largest q(x_t | x_0).
+    This is the x_0 for which √ᾱ_t x_0 is nearest to x_t, as log q(x_t | x_0) =
+    -|x_t - √ᾱ_t x_0|² / (2 (1 - ᾱ_t)) + constant. We take its class. (A vote of all x_0, weighted
+    by q(x_t | x_0), would be right a little more often.)
     x (N, D), y (N,), eps (500, D).  All but the last 500 are the neighbours to choose from."""
     from sklearn.neighbors import KNeighborsClassifier
     nearest = KNeighborsClassifier(1).fit(s.alpha_bar[t].sqrt() * x[:-500], y[:-500])

@@ -23,10 +23,10 @@ log π(x_T) + Σ_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1}). By Bayes' rule, for 
 The first factor makes the KL of each step. Of the others, when their logarithms are added up, all
 cancel but q(x_T | x_0) and q(x_1 | x_0), whose mean logarithms are minus their entropies. The sum
 starts at t = 2 because the last step p(x_0 | x_1) is not learned: it is the forward step with β_1,
-and adds nothing to K, as `reverse` shows. DDPM's bound, its Eq. (5), is the same with the opposite
-sign, but for a last step that is learned. Its L_T is here H_p(X_T) - H_q(X_T|X_0). Its L_0,
-E -log p(x_0 | x_1), is here H_q(X_1|X_0), as the last step p and the first step q have the same
-mean log-probability.
+and adds nothing to K, as `reverse` shows. DDPM's bound, its Eq. (5), is -K, except that there the
+last step is learned. In -K, the part H_p(X_T) - H_q(X_T|X_0) is DDPM's L_T, the KLs are its
+L_{t-1}, and H_q(X_1|X_0) stands in place of its L_0 = E -log p(x_0 | x_1), because here
+E log p(x_0 | x_1) is E log q(x_1 | x_0).
 
 Eq. (14) assumes that -E log π(x_t) is the same for every t. As ᾱ_t goes to 0, x_t becomes a draw
 from π and this value becomes H_p(X_T), the entropy of π; if it is the same for every t, it is
@@ -289,7 +289,7 @@ def train_step(kind, net, opt, x0):
     """One step of training, Eq. (15): follow the gradient of K, estimated at one t per example.
 
         net = RollNet(start_beta("learned", 40), learned=True)
-        opt = torch.optim.Adam(net.parameters(), 4e-3)
+        opt = torch.optim.Adam(net.parameters(), 4e-3, betas=(0.9, 0.99))
         for step in range(6000):  # the script lets the learning rate fall to 0 meanwhile
             x0 = draw_roll(2048, 0.02, seed=step)  # a new batch (B, 2), standardised; your data
             K = train_step(GAUSSIAN, net, opt, x0)
@@ -398,11 +398,14 @@ def entropy_of_step(kind, s, net, x0, t):
     The left side is H_q(X_{t-1}|X_t,X_0): to know x_0 as well can only lower an entropy. The right
     inequality holds if H_q(X_{t-1}) ≤ H_q(X_t). This is true of standardised data and of bits of
     rate ρ: there E log π(x_t) is the same for all t, so that H_q(X_t) is a constant minus
-    KL(q(x_t) || π). A step that keeps π never increases this KL, so H_q(X_t) never falls.
+    KL(q(x_t) || π). If two distributions go through the same step, their KL cannot grow (the data
+    processing inequality). As a step turns π into π, KL(q(x_t) || π) cannot grow, and H_q(X_t)
+    never falls.
 
     If the moments are exact, the mean entropy of p exceeds the left side by the KL of step t in
-    Eq. (14). That KL is the mean of -log p(x_{t-1} | x_t), less the left side. The mean of -log p
-    depends on x_{t-1} only through its moments, so with exact moments it is the entropy of p.
+    Eq. (14). That KL is the mean of -log p(x_{t-1} | x_t), less the left side. And -log p is
+    quadratic in x_{t-1} (for bits, linear), so its mean depends only on the mean and covariance of
+    x_{t-1} given x_t. If p has the same two, it is the mean under p itself: the entropy of p.
 
     With exact moments, the mean entropy of p is also at most the right side.
       - The roll: the guess √ᾱ_t x_t of each coordinate of x_0 has an error of variance 1 - ᾱ_t, so
@@ -556,9 +559,10 @@ def ceiling_of_curve(m, v):
     The n Gaussians N(m_j, diag(v)) must be nearer to each other than they are wide, and D = 2. In
     units of √v the curve is nearly a straight line, with noise of variance 1 across it. The entropy
     is that of the position along the line, where each of the pieces between two neighbours has
-    probability 1/n, nearly, plus ½ log 2πe for the noise. That ignores the two ends of the curve
-    and its bends. For the roll the result is therefore too high, by 8e-4 bits if its noise is 0.02
-    and by 0.03 bits if it is 1, the most that --noise allows; it is still a ceiling.
+    probability 1/n, nearly, plus ½ log 2πe for the noise. That leaves out what the noise adds
+    beyond the two ends of the curve, and at its bends. For the roll the entropy comes out too low
+    by 8e-4 bits if the noise is 0.02, and by 0.03 bits if it is 1, the most that --noise allows. So
+    -H(X_0), which is returned, is too high by as much, and still a ceiling.
     m (n, 2), v (2,) -> a number"""
     pieces = (m / v.sqrt()).diff(dim=0).norm(dim=1)  # their lengths
     along = (len(m) * pieces).log().mean()
