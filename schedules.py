@@ -62,7 +62,7 @@ def time_from_0_to_1(T):
 def linear(T):
     """β_t evenly spaced from 1e-4 to 0.02 for T = 1000.  Ho et al. 2020, Sec. 4.
 
-    For another T each β is multiplied by 1000 / T. Then Σ β_t is the same for every T, and fewer
+    For another T each β is multiplied by 1000 / T. Then Σ β_t is the same for all T > 1, and fewer
     steps take away about as much in all: log ᾱ_T = Σ log(1 - β_t) is about -Σ β_t, or somewhat less
     where β is large. So ᾱ_T is 4e-5 at T = 1000, 2e-5 at T = 100 and 4e-6 at T = 40. β is at most
     0.999, which cuts it off for T below 21."""
@@ -156,7 +156,7 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
 
         # Ho et al. 2020, Eq. (7), for t = 1..T. An entry for t = 0 is put in front of each, so that
-        # table[t] is the value at t. No step uses t = 0. q_posterior would give x_0 and no noise.
+        # table[t] is the value at t. No step uses t = 0: q_posterior returns x_0 there, and 0.
         alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}
         beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta[1:]
         weight_x0 = alpha_bar_prev.sqrt() * beta[1:] / (1 - alpha_bar)

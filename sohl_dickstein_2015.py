@@ -362,9 +362,9 @@ def given(net, y, precision, xt, alpha_bar):
 
         q(x_{t-1} | x_t, x_0) p(x_0 | x_t) = p(x_{t-1} | x_t) p(x_0 | x_{t-1})
 
-    Multiply both sides by r(x_0), and integrate over x_0. The left side becomes E[r(x_0) | x_t],
-    which we call Z(x_t), times the average of q(x_{t-1} | x_t, x_0) over x_0 given x_t and y. That
-    average is p(x_{t-1} | x_t, y). Divide by Z(x_t):
+    Multiply both sides by r(x_0), and integrate over x_0. By the first formula, p(x_0 | x_t) r(x_0)
+    is Z(x_t) p(x_0 | x_t, y) with Z(x_t) = E[r(x_0) | x_t]. So the left side becomes Z(x_t) times
+    the average of q(x_{t-1} | x_t, x_0) over x_0 given x_t and y, which is p(x_{t-1} | x_t, y):
 
         p(x_{t-1} | x_t, y) = p(x_{t-1} | x_t) r(x_{t-1}) / Z(x_t)
 
@@ -409,13 +409,13 @@ def entropy_of_step(kind, s, net, x0, t):
 
     With exact moments, the mean entropy of p is also at most the right side.
       - The roll: the guess √ᾱ_t x_t of each coordinate of x_0 has an error of variance 1 - ᾱ_t, so
-        each diagonal entry of S is at most that on average, and each diagonal entry of f_sigma at
-        most β̃_t + a_t² (1 - ᾱ_t) = β_t. Of all covariance matrices with β_t on the diagonal,
-        β_t I, which is that of a step of q, has the largest determinant (Hadamard); and the mean of
-        log det is at most log det of the mean.
+        the mean of S over x_t has diagonal entries of at most that, and the mean of f_sigma has
+        entries of at most β̃_t + a_t² (1 - ᾱ_t) = β_t there. The mean of log det f_sigma is at most
+        log det of that mean, as log det is concave. This is at most the sum of the logarithms of
+        its diagonal entries (Hadamard), and so at most log det β_t I, that of a step of q.
       - Bits: given all of x_t, the entropy of a bit of x_{t-1} is at most its entropy given only
-        the same bit of x_t. Both bits have the rate ρ, so one has as much entropy given the other
-        as the other given it, and this is the entropy of a step of q.
+        the same bit of x_t. Both bits have the rate ρ, and so the same entropy. Hence the entropy
+        of the one given the other is that of the other given the one, which is that of a step of q.
 
         left, ours, right = entropy_of_step(GAUSSIAN, s, net, x0, t)
 
@@ -558,11 +558,12 @@ def ceiling_of_curve(m, v):
 
     The n Gaussians N(m_j, diag(v)) must be nearer to each other than they are wide, and D = 2. In
     units of √v the curve is nearly a straight line, with noise of variance 1 across it. The entropy
-    is that of the position along the line, where each of the pieces between two neighbours has
-    probability 1/n, nearly, plus ½ log 2πe for the noise. That leaves out what the noise adds
-    beyond the two ends of the curve, and at its bends. For the roll the entropy comes out too low
-    by 8e-4 bits if the noise is 0.02, and by 0.03 bits if it is 1, the most that --noise allows. So
-    -H(X_0), which is returned, is too high by as much, and still a ceiling.
+    is a sum of two. For the position along the line it is the mean of log(n · length of a piece),
+    as each piece between two neighbours has a probability of about 1/n. For the noise across it is
+    ½ log 2πe. That leaves out what the noise adds beyond the two ends of the curve, and at its
+    bends. For the roll the entropy comes out too low by 8e-4 bits if the noise is 0.02, and by 0.03
+    bits if it is 1, the most that --noise allows. So -H(X_0), which is returned, is too high by as
+    much, and still a ceiling.
     m (n, 2), v (2,) -> a number"""
     pieces = (m / v.sqrt()).diff(dim=0).norm(dim=1)  # their lengths
     along = (len(m) * pieces).log().mean()
