@@ -369,11 +369,10 @@ def bound_term(eps_theta, s, x0, t, eps, variance="beta", clip=True):
     """Two numbers for each example: the term of the bound that belongs to its t, in bits per
     dimension, and |x_0 - x̂_0|² per dimension.
 
-    The bound is Eq. (5): E -log p_θ(x_0) ≤ L_T + Σ_{t > 1} L_{t-1} + L_0, with
-
-        L_T     = KL(q(x_T | x_0) || N(0, I))
-        L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)),  Eq. (8) with its constant
-        L_0     = -log p_θ(x_0 | x_1),  Eq. (13)
+    The bound is Eq. (5): E -log p_θ(x_0) ≤ L_T + Σ_{t > 1} L_{t-1} + L_0, where
+    L_T = KL(q(x_T | x_0) || N(0, I)),
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)), Eq. (8) with its constant, and
+    L_0 = -log p_θ(x_0 | x_1), Eq. (13).
 
     In L_0, σ_1² is β̃_2, as in the authors' code: β̃_1 is 0, and a density of variance 0 has no
     likelihood. So T is at least 2.
