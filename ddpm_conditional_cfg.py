@@ -132,9 +132,9 @@ def guided(eps_theta, y, null, w, t_max=None):
     w = 0 is the conditional model and w = -1 the unconditional one; these need one evaluation of
     the network and not two. Much other code has a "guidance scale", which is our 1 + w.
 
-    t_max: guide only where t ≤ t_max, and use w = 0 at larger t, because in the noisiest steps
-    guidance drives all samples of a class to the same image. This is not in the paper but from
-    Kynkäänniemi et al. 2024, who guide at the t in the middle only: not at small t, either.
+    t_max: guide only where t ≤ t_max, and use w = 0 at larger t. This is not in the paper but from
+    Kynkäänniemi et al. 2024, who found that in the noisiest steps guidance drives the samples of a
+    class to a few images. They guide at the t in the middle only: not at small t, either.
 
     For few steps guide first, and take the subchain then. t_max is a t of the long chain.
 
