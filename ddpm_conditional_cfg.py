@@ -29,10 +29,10 @@ classifier's probability is squared. Images that could be of another class are l
 left lies farther from the other classes (the paper's Fig. 2). That is why guidance trades variety
 for fidelity. All this holds only roughly. If one noises draws of p(x_0) p(y | x_0)^(1 + w) up to t,
 the result does not have the density p(x_t) p(y | x_t)^(1 + w), so these scores do not belong to one
-diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. An example are the three Gaussians
-of `draw_gaussians`, near the end of this file. Their means lie at a distance of 1 from the origin.
-At w = 1 the mean of p(x_0 | y) p(y | x_0)^w is at 1.05, and the mean of the guided samples at 1.21.
-And the difference of two learned ε_θ need not be the gradient of any classifier.
+diffusion, and sampling does not end in p(x_0 | y) p(y | x_0)^w. The three Gaussians of
+`draw_gaussians`, near the end of this file, show it. Their means lie at a distance of 1 from the
+origin. At w = 1 the mean of p(x_0 | y) p(y | x_0)^w lies at 1.05, and the mean of the guided
+samples at 1.21. And the difference of two learned ε_θ need not be the gradient of any classifier.
 
 How the label enters. `ConditionalUNet`, below, is DDPM's U-Net with one more table of vectors, one
 for each class and one for ∅. The vector of y is added to the embedding of t. ∅ is the number K of

@@ -156,7 +156,8 @@ class Schedule:
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal-to-noise ratio, infinite at t = 0
 
         # Ho et al. 2020, Eq. (7), for t = 1..T. An entry for t = 0 is put in front of each, so that
-        # table[t] is the value at t. No step uses t = 0: q_posterior returns x_0 there, and 0.
+        # table[t] is the value at t. No step uses t = 0. For it, q_posterior returns x_0 as the
+        # mean, and the variance 0.
         alpha_bar, alpha_bar_prev = self.alpha_bar[1:], self.alpha_bar[:-1]  # ᾱ_t and ᾱ_{t-1}
         beta_tilde = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta[1:]
         weight_x0 = alpha_bar_prev.sqrt() * beta[1:] / (1 - alpha_bar)
