@@ -494,6 +494,18 @@ class UNet(nn.Module):
     map from the way down (a long skip connection), which holds the details that the small maps have
     lost. Attention follows every block of the levels whose size (shorter side) is named, and stands
     once in the middle, always. timed=False makes a network that is not told t.
+
+    This is the way of an image through `--dataset mnist`'s network, UNet((1, 28, 28), 16,
+    (1, 2, 4), 1, (7,)), as channels x height x width. The arrows to the right are the skips.
+
+      x_t 1x28x28 -> 16x28x28 - - - - - - - - - - - -> 16x28x28 -> ε̂ 1x28x28
+                        v                                  ^
+                     32x14x14 - - - - - - - - - - - -> 32x14x14
+                        v                                  ^
+                      64x7x7  - - - - - - - - - - - ->  64x7x7   (the two with attention)
+                        v                                  ^
+                        `------> the middle, 64x7x7 -------'
+
     ValueError if a side cannot be halved so often, if attention names a size that no level has, or
     if channels is not a multiple of 4."""
     def __init__(self, image_shape, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
@@ -788,12 +800,14 @@ JUDGE_STEPS = 1000  # the same for every run, so that all distances on the same 
 
 def train_judge(data, batch=128):
     """A small classifier of the real images. In its 64 features samples are compared with real
-    ones.
+    ones. Large images are seen at about 32x32, which is enough to tell classes apart.
     -> Sequential(features, head)"""
     torch.manual_seed(0)
     _, C, H, W = data.images.shape
-    layers = [conv3(C, 32), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(), conv3(64, 64, 2), nn.ReLU(),
-              nn.AvgPool2d(max(1, min(H, W) // 16)), nn.Flatten(), nn.Dropout(0.2)]
+    stride = max(1, min(H, W) // 32)
+    pool = 2 if min(H, W) >= 32 else 1
+    layers = [conv3(C, 32, stride), nn.ReLU(), conv3(32, 64, 2), nn.ReLU(), conv3(64, 64, 2),
+              nn.ReLU(), nn.AvgPool2d(pool), nn.Flatten(), nn.Dropout(0.2)]
     size = nn.Sequential(*layers)(torch.zeros(1, C, H, W)).shape[1]
     features = nn.Sequential(*layers, nn.Linear(size, 64), nn.ReLU())
     judge = nn.Sequential(features, nn.Linear(64, len(data.names))).to(data.images.device)
