@@ -930,8 +930,19 @@ def in_bfloat16(function, args):
     kind = torch.device(args.device).type  # cpu or cuda
     return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
-def start(args, net, run):
-    """The network, its average and Adam: new, or as the run's checkpoint holds them."""
+def train(args, run, net, data, path, one_step, look=None):
+    """Train net from where the run is to args.steps. The run is saved to path each minute and at
+    the end, and whoever wants to draw loads it from there.
+
+    one_step(net, ema, opt, x0, y, step) -> loss is one step of training on a batch; ema is the
+    average of net, and opt is Adam.  look(ema) draws a row of training.png, on which one sees the
+    network learn.
+
+    Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
+    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
+    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
+    if run["step"] >= args.steps:
+        return
     net = in_fast_format(net.to(args.device), args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.Adam(net.parameters(), args.lr)
@@ -939,20 +950,6 @@ def start(args, net, run):
         net.load_state_dict(run["net"])
         ema.load_state_dict(run["ema"])
         opt.load_state_dict(run["optimizer"])
-    run["ema"] = ema.state_dict()
-    return net, ema, opt
-
-def train(args, run, net, ema, opt, data, path, one_step, look=None):
-    """Train from where the run is to args.steps, and save it to path each minute and at the end.
-
-    one_step(net, x0, y, step) -> loss is one step of training on a batch.  look() draws the rows of
-    training.png, on which one sees the network learn.
-
-    Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
-    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
-    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
-    if run["step"] >= args.steps:
-        return
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device, warmup = data.images.device, min(args.warmup, max(1, args.steps // 10))
     losses = torch.zeros(args.steps, device=device)
@@ -970,7 +967,7 @@ def train(args, run, net, ema, opt, data, path, one_step, look=None):
         if args.flip:
             mirrored = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
             x0 = torch.where(mirrored, x0.flip(3), x0)
-        losses[step - 1] = one_step(model, x0, data.labels[i], step)
+        losses[step - 1] = one_step(model, ema, opt, x0, data.labels[i], step)
 
         due = step == args.steps or time.monotonic() - saved > 60
         if step % 100 == 0 or due:
@@ -980,7 +977,7 @@ def train(args, run, net, ema, opt, data, path, one_step, look=None):
                      f" {args.lr:g}. The last checkpoint is as it was")
             bar.set_postfix(loss=f"{recent:.4f}")
         if look is not None and step in milestones and RANK == 0:
-            run["snapshots"][step] = look().cpu()
+            run["snapshots"][step] = look(ema).cpu()
             rows = [(f"step {k}", images) for k, images in run["snapshots"].items()]
             draw_table(path.with_name("training.png"), rows)
         if due and RANK == 0:
@@ -997,7 +994,7 @@ def leave_torchrun():
         sys.exit()
 
 @torch.no_grad()
-def sample(args, s, image_shape, theta_of, n, show=True):
+def sample(args, s, image_shape, theta_of, n):
     """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
 
     They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
@@ -1013,8 +1010,7 @@ def sample(args, s, image_shape, theta_of, n, show=True):
         theta, short = subchain(in_bfloat16(theta_of(first, last), args), s, steps)
         noise = torch.randn(last - first, *image_shape, device=s.beta.device)
         chain = SAMPLERS[args.sampler](theta, short, noise, clip=args.clip, **options)
-        bar = tqdm(chain, f"sampling, {last} of {n}", steps, leave=False, disable=not show)
-        for i, x, x0_hat in bar:
+        for i, x, x0_hat in tqdm(chain, f"sampling, {last} of {n}", steps, leave=False):
             if first == 0 and i in kept:
                 frames[round(i * s.T / steps)] = to_uint8(x[:16]).cpu(), to_uint8(x0_hat[:16]).cpu()
         images.append(to_uint8(x))
@@ -1319,9 +1315,7 @@ def open_folder(args, run, data):
         return Path(name)
     args.out = args.resume or str(claim_folder(args.out, name))
     shape = "x".join(str(n) for n in run["image_shape"])
-    params = sum(weight.numel() for weight in run["ema"].values()) / 1e6
-    print(f"{args.dataset}, {shape}, {params:.2f} M parameters, on {args.device}; results in"
-          f" {args.out}", flush=True)
+    print(f"{args.dataset}, {shape}, on {args.device}; results in {args.out}", flush=True)
     if data is not None:
         counts = data.labels.bincount(minlength=len(data.names)).tolist()
         classes = [f"{name} {n}" for name, n in zip(data.names, counts)]
@@ -1373,7 +1367,7 @@ def run_from_shell():
 # Not copied: the flags of guidance, and the run.
 LINES = """
 real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}
-loss {loss:.4f}, training {seconds_train:.0f} s"""
+loss {loss:.4f}, training {seconds_train:.0f} s, {params:,} parameters"""
 ROW = "{kind:<12}{w:>7g}{frechet:>19.2f}{label_accuracy:>17.1%}{classifier_score:>19.2f}"
 
 def get_args(argv=None):
@@ -1422,42 +1416,39 @@ def guide(kind, eps_theta, classifier, s, y, K, w, t_max):
         return guided(eps_theta, y, K, w, t_max)
     return classifier_guided(eps_theta, classifier, s, y, K, w, conditional=kind == "both")
 
-def train_network(args, run, data):
-    """Train ε_θ(x_t, t, y), or go on with it.  -> ε_θ by the averaged weights, schedule, folder"""
-    shape, K = run["image_shape"], len(data.names)
+def train_network(args, run, data, path):
+    """Train ε_θ(x_t, t, y), or go on with it, and save it to path."""
+    K = len(data.names)
     torch.manual_seed(args.seed)
-    net, ema, opt = start(args, make_network(vars(args), shape, data.names), run)
+    net = make_network(vars(args), run["image_shape"], data.names)
     s = make_schedule(args.schedule, args.T).to(args.device)
-    eps_theta = as_eps_theta(ema, s, args.predict)
     loss = in_bfloat16(partial(l_cfg, predict=args.predict), args)
-    out = open_folder(args, run, data)
 
-    def one_step(model, x0, y, step):
-        return cfg_train_step(model, ema, opt, s, x0, y, step, K, args.p_uncond, loss, args.ema)
+    def one_step(net, ema, opt, x0, y, step):
+        return cfg_train_step(net, ema, opt, s, x0, y, step, K, args.p_uncond, loss, args.ema)
 
-    def look():
+    def look(ema):
         y = torch.arange(16, device=args.device) % K
-        theta = guided(eps_theta, y, K, w=-1 if args.p_uncond == 1 else 0)
-        return sample(args, s, shape, lambda first, last: theta, 16, show=False)[0]
+        w = -1 if args.p_uncond == 1 else 0
+        eps_tilde = guided(as_eps_theta(ema, s, args.predict), y, K, w)
+        return sample(args, s, run["image_shape"], lambda first, last: eps_tilde, 16)[0]
 
-    train(args, run, net, ema, opt, data, out / "checkpoint.pt", one_step, look)
-    return eps_theta, s, out
+    train(args, run, net, data, path, one_step, look)
 
-def train_classifier(args, run, s, data, path):
-    """Train the classifier of noised images by the same settings.  -> the average"""
+def train_classifier(args, run, data, path):
+    """Train the classifier of noised images by the same settings, and save it to path."""
     own_run = {**run, "step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
     if path.is_file():
         own_run = load_checkpoint(path)
     torch.manual_seed(args.seed)
     net = make_classifier(vars(args), run["image_shape"], data.names)
-    net, ema, opt = start(args, net, own_run)
+    s = make_schedule(args.schedule, args.T).to(args.device)
     loss = in_bfloat16(l_classifier, args)
 
-    def one_step(model, x0, y, step):
-        return cfg_train_step(model, ema, opt, s, x0, y, step, len(data.names), 0, loss, args.ema)
+    def one_step(net, ema, opt, x0, y, step):
+        return cfg_train_step(net, ema, opt, s, x0, y, step, len(data.names), 0, loss, args.ema)
 
-    train(args, own_run, net, ema, opt, data, path, one_step)
-    return ema
+    train(args, own_run, net, data, path, one_step)
 
 def compare_real(args, data, y):
     """The judge, its features of held-out images of the classes in y, and its numbers for real
@@ -1474,23 +1465,25 @@ def compare_real(args, data, y):
                            "label_accuracy_real": right.double().mean().item()}
 
 def main(args):
-    """Train (or load), sweep over w, compare, draw; all goes into a new folder.  -> the numbers"""
+    """Train, unless there is a checkpoint; then sweep over w and compare.  -> the numbers"""
     data, run = open_run(args)
     names, K = run["names"], len(run["names"])
-    y = labels_to_draw(args, names)
-    classifier = None
-    if args.checkpoint:
-        eps_theta, s, _, _ = load(args.checkpoint, args.device)
-        if args.guidance != ["free"]:
-            classifier = load_classifier(args.checkpoint, args.device)
-        out = open_folder(args, run, data)
-    else:
-        eps_theta, s, out = train_network(args, run, data)
-        if args.guidance != ["free"]:
-            classifier = train_classifier(args, run, s, data, out / "classifier.pt")
+    y, classifier = labels_to_draw(args, names), None
+    with_classifier = args.guidance != ["free"]
+    if args.checkpoint and with_classifier:
+        load_classifier(args.checkpoint, "cpu")  # one that is missing ends the run before a folder
+    out = open_folder(args, run, data)
+    if not args.checkpoint:
+        train_network(args, run, data, out / "checkpoint.pt")
+        if with_classifier:
+            train_classifier(args, run, data, out / "classifier.pt")
         leave_torchrun()
         draw_loss(out / "loss.png", run["losses"])
 
+    path = args.checkpoint or out / "checkpoint.pt"
+    eps_theta, s, _, _ = load(path, args.device)
+    if with_classifier:
+        classifier = load_classifier(path, args.device)
     rows, judge, metrics, n = [], None, {}, min(16, len(y))
     if data is not None:
         judge, f_held, metrics = compare_real(args, data, y)

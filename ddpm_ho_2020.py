@@ -889,8 +889,19 @@ def in_bfloat16(function, args):
     kind = torch.device(args.device).type  # cpu or cuda
     return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
-def start(args, net, run):
-    """The network, its average and Adam: new, or as the run's checkpoint holds them."""
+def train(args, run, net, data, path, one_step, look=None):
+    """Train net from where the run is to args.steps. The run is saved to path each minute and at
+    the end, and whoever wants to draw loads it from there.
+
+    one_step(net, ema, opt, x0, y, step) -> loss is one step of training on a batch; ema is the
+    average of net, and opt is Adam.  look(ema) draws a row of training.png, on which one sees the
+    network learn.
+
+    Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
+    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
+    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
+    if run["step"] >= args.steps:
+        return
     net = in_fast_format(net.to(args.device), args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.Adam(net.parameters(), args.lr)
@@ -898,20 +909,6 @@ def start(args, net, run):
         net.load_state_dict(run["net"])
         ema.load_state_dict(run["ema"])
         opt.load_state_dict(run["optimizer"])
-    run["ema"] = ema.state_dict()
-    return net, ema, opt
-
-def train(args, run, net, ema, opt, data, path, one_step, look=None):
-    """Train from where the run is to args.steps, and save it to path each minute and at the end.
-
-    one_step(net, x0, y, step) -> loss is one step of training on a batch.  look() draws the rows of
-    training.png, on which one sees the network learn.
-
-    Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
-    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
-    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
-    if run["step"] >= args.steps:
-        return
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device, warmup = data.images.device, min(args.warmup, max(1, args.steps // 10))
     losses = torch.zeros(args.steps, device=device)
@@ -929,7 +926,7 @@ def train(args, run, net, ema, opt, data, path, one_step, look=None):
         if args.flip:
             mirrored = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
             x0 = torch.where(mirrored, x0.flip(3), x0)
-        losses[step - 1] = one_step(model, x0, data.labels[i], step)
+        losses[step - 1] = one_step(model, ema, opt, x0, data.labels[i], step)
 
         due = step == args.steps or time.monotonic() - saved > 60
         if step % 100 == 0 or due:
@@ -939,7 +936,7 @@ def train(args, run, net, ema, opt, data, path, one_step, look=None):
                      f" {args.lr:g}. The last checkpoint is as it was")
             bar.set_postfix(loss=f"{recent:.4f}")
         if look is not None and step in milestones and RANK == 0:
-            run["snapshots"][step] = look().cpu()
+            run["snapshots"][step] = look(ema).cpu()
             rows = [(f"step {k}", images) for k, images in run["snapshots"].items()]
             draw_table(path.with_name("training.png"), rows)
         if due and RANK == 0:
@@ -956,7 +953,7 @@ def leave_torchrun():
         sys.exit()
 
 @torch.no_grad()
-def sample(args, s, image_shape, theta_of, n, show=True):
+def sample(args, s, image_shape, theta_of, n):
     """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
 
     They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
@@ -972,8 +969,7 @@ def sample(args, s, image_shape, theta_of, n, show=True):
         theta, short = subchain(in_bfloat16(theta_of(first, last), args), s, steps)
         noise = torch.randn(last - first, *image_shape, device=s.beta.device)
         chain = SAMPLERS[args.sampler](theta, short, noise, clip=args.clip, **options)
-        bar = tqdm(chain, f"sampling, {last} of {n}", steps, leave=False, disable=not show)
-        for i, x, x0_hat in bar:
+        for i, x, x0_hat in tqdm(chain, f"sampling, {last} of {n}", steps, leave=False):
             if first == 0 and i in kept:
                 frames[round(i * s.T / steps)] = to_uint8(x[:16]).cpu(), to_uint8(x0_hat[:16]).cpu()
         images.append(to_uint8(x))
@@ -1276,7 +1272,7 @@ bound                   {bits_per_dim:.2f} bits/dim (histograms: {bits_per_dim_h
 rate, distortion        {bits_per_dim_rate:.2f} bits/dim, {rmse_at_rate:.2f} of 255
 inpainting, RMSE        {inpainting_rmse:.1f} of 255
 inpainting, recognised  {inpainting_kept:.1%}
-training                {seconds_train:.0f} s
+training                {seconds_train:.0f} s, {params:,} parameters
 sampling                {seconds_sample:.0f} s"""
 
 def open_run(args):
@@ -1310,9 +1306,7 @@ def open_folder(args, run, data):
         return Path(name)
     args.out = args.resume or str(claim_folder(args.out, name))
     shape = "x".join(str(n) for n in run["image_shape"])
-    params = sum(weight.numel() for weight in run["ema"].values()) / 1e6
-    print(f"{args.dataset}, {shape}, {params:.2f} M parameters, on {args.device}; results in"
-          f" {args.out}", flush=True)
+    print(f"{args.dataset}, {shape}, on {args.device}; results in {args.out}", flush=True)
     if data is not None:
         counts = data.labels.bincount(minlength=len(data.names)).tolist()
         classes = [f"{name} {n}" for name, n in zip(data.names, counts)]
@@ -1384,35 +1378,35 @@ def get_args(argv=None):
     args.clip = args.predict != "mu"  # a network that says μ_θ has no x̂_0 to clip
     return args
 
-def loss_of(args):
-    """The loss that --predict and --loss name."""
+def train_network(args, run, data, path):
+    """Train ε_θ, or go on with it, and save it to path."""
+    torch.manual_seed(args.seed)
+    net = make_network(vars(args), run["image_shape"], data.names)
+    s = make_schedule(args.schedule, args.T).to(args.device)
+    loss = {"eps": l_simple, "x0": l_x0, "mu": l_mu}[args.predict]
     if args.loss == "bound":
-        return partial(l_bound, predict=args.predict, variance=args.variance)
-    return {"eps": l_simple, "x0": l_x0, "mu": l_mu}[args.predict]
+        loss = partial(l_bound, predict=args.predict, variance=args.variance)
+    loss = in_bfloat16(loss, args)
+
+    def one_step(net, ema, opt, x0, y, step):
+        return train_step(net, ema, opt, s, x0, step, loss, args.ema)
+
+    def look(ema):
+        eps_theta = as_eps_theta(ema, s, args.predict)
+        return sample(args, s, run["image_shape"], lambda first, last: eps_theta, 16)[0]
+
+    train(args, run, net, data, path, one_step, look)
 
 def main(args):
-    """Train (or load), sample, compare, draw; all of it goes into a new folder.  -> the numbers"""
+    """Train, unless there is a checkpoint; then draw from it and compare.  -> the numbers"""
     data, run = open_run(args)
-    shape = run["image_shape"]
-    if args.checkpoint:
-        eps_theta, s, _, _ = load(args.checkpoint, args.device)
-    else:
-        torch.manual_seed(args.seed)
-        net, ema, opt = start(args, make_network(vars(args), shape, data.names), run)
-        s = make_schedule(args.schedule, args.T).to(args.device)
-        eps_theta = as_eps_theta(ema, s, args.predict)
     out = open_folder(args, run, data)
-
     if not args.checkpoint:
-        loss = in_bfloat16(loss_of(args), args)
-        def one_step(model, x0, y, step):
-            return train_step(model, ema, opt, s, x0, step, loss, args.ema)
-        def look():
-            return sample(args, s, shape, lambda first, last: eps_theta, 16, show=False)[0]
-        train(args, run, net, ema, opt, data, out / "checkpoint.pt", one_step, look)
+        train_network(args, run, data, out / "checkpoint.pt")
         leave_torchrun()
         draw_loss(out / "loss.png", run["losses"])
 
+    eps_theta, s, shape, _ = load(args.checkpoint or out / "checkpoint.pt", args.device)
     began = time.monotonic()
     samples, frames = sample(args, s, shape, lambda first, last: eps_theta, args.num_samples)
     metrics, judge = {"seconds_sample": time.monotonic() - began}, None

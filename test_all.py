@@ -1491,13 +1491,11 @@ def test_two_processes_train_on_both_shares(monkeypatch):
         monkeypatch.setattr(ddpm, "RANK", rank)
         monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net: net)
         monkeypatch.setattr(ddpm, "save", lambda *_: None)
-        net = nn.Linear(1, 1)
-        opt, seen = torch.optim.Adam(net.parameters()), []
-        start = {"step": 0, "seconds": 0, "losses": torch.zeros(0)}
-        def one_step(model, x0, y, step, seen=seen):
+        seen, start = [], {"step": 0, "seconds": 0, "losses": torch.zeros(0)}
+        def one_step(net, ema, opt, x0, y, step, seen=seen):
             seen.append(y)
             return torch.zeros(())
-        ddpm.train(args, start, net, net, opt, ddpm.load_data(args), Path("x"), one_step)
+        ddpm.train(args, start, nn.Linear(1, 1), ddpm.load_data(args), Path("x"), one_step)
         drawn[rank] = torch.stack(seen)
     assert drawn[0].shape == (2, 4) and not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0][0], drawn[0][1]) and not torch.equal(drawn[0][1], drawn[1][0])
@@ -1545,7 +1543,7 @@ def test_sampling_by_hand(script):
     def theta_of(first, last):
         asked.append((first, last))
         return eps_theta
-    images, frames = script.sample(args, s, (1, 2, 2), theta_of, 53, show=False)
+    images, frames = script.sample(args, s, (1, 2, 2), theta_of, 53)
     torch.manual_seed(4)
     chains = [list(script.ddpm_sample(*script.subchain(eps_theta, s, 3), torch.randn(n, 1, 2, 2)))
               for n in (50, 3)]
