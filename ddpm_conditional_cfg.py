@@ -930,10 +930,11 @@ def in_bfloat16(function, args):
     kind = torch.device(args.device).type  # cpu or cuda
     return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
-def train(args, run, net, data, path, one_step, look=None):
-    """Train net from where the run is to args.steps. The run is saved to path each minute and at
-    the end, and whoever wants to draw loads it from there.
+def train(args, run, make, data, path, one_step, look=None):
+    """Train a network from where the run is to args.steps. The run is saved to path each minute and
+    at the end, and whoever wants to draw loads it from there.
 
+    make is make_network, or another function like it.
     one_step(net, ema, opt, x0, y, step) -> loss is one step of training on a batch; ema is the
     average of net, and opt is Adam.  look(ema) draws a row of training.png, on which one sees the
     network learn.
@@ -943,6 +944,8 @@ def train(args, run, net, data, path, one_step, look=None):
     each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
     if run["step"] >= args.steps:
         return
+    torch.manual_seed(args.seed)
+    net = make(vars(args), run["image_shape"], run["names"])
     net = in_fast_format(net.to(args.device), args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.Adam(net.parameters(), args.lr)
@@ -1416,16 +1419,19 @@ def guide(kind, eps_theta, classifier, s, y, K, w, t_max):
         return guided(eps_theta, y, K, w, t_max)
     return classifier_guided(eps_theta, classifier, s, y, K, w, conditional=kind == "both")
 
-def train_network(args, run, data, path):
-    """Train ε_θ(x_t, t, y), or go on with it, and save it to path."""
+def train_networks(args, run, data, out):
+    """Train ε_θ(x_t, t, y) and, if one is to guide it, the classifier of noised images by the same
+    settings; or go on with them. They are saved as checkpoint.pt and classifier.pt."""
     K = len(data.names)
-    torch.manual_seed(args.seed)
-    net = make_network(vars(args), run["image_shape"], data.names)
     s = make_schedule(args.schedule, args.T).to(args.device)
     loss = in_bfloat16(partial(l_cfg, predict=args.predict), args)
+    classifier_loss = in_bfloat16(l_classifier, args)
 
     def one_step(net, ema, opt, x0, y, step):
         return cfg_train_step(net, ema, opt, s, x0, y, step, K, args.p_uncond, loss, args.ema)
+
+    def classifier_step(net, ema, opt, x0, y, step):
+        return cfg_train_step(net, ema, opt, s, x0, y, step, K, 0, classifier_loss, args.ema)
 
     def look(ema):
         y = torch.arange(16, device=args.device) % K
@@ -1433,22 +1439,13 @@ def train_network(args, run, data, path):
         eps_tilde = guided(as_eps_theta(ema, s, args.predict), y, K, w)
         return sample(args, s, run["image_shape"], lambda first, last: eps_tilde, 16)[0]
 
-    train(args, run, net, data, path, one_step, look)
-
-def train_classifier(args, run, data, path):
-    """Train the classifier of noised images by the same settings, and save it to path."""
+    path, own_path = out / "checkpoint.pt", out / "classifier.pt"
     own_run = {**run, "step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
-    if path.is_file():
-        own_run = load_checkpoint(path)
-    torch.manual_seed(args.seed)
-    net = make_classifier(vars(args), run["image_shape"], data.names)
-    s = make_schedule(args.schedule, args.T).to(args.device)
-    loss = in_bfloat16(l_classifier, args)
-
-    def one_step(net, ema, opt, x0, y, step):
-        return cfg_train_step(net, ema, opt, s, x0, y, step, len(data.names), 0, loss, args.ema)
-
-    train(args, own_run, net, data, path, one_step)
+    train(args, run, make_network, data, path, one_step, look)
+    if args.guidance != ["free"]:
+        if own_path.is_file():
+            own_run = load_checkpoint(own_path)
+        train(args, own_run, make_classifier, data, own_path, classifier_step)
 
 def compare_real(args, data, y):
     """The judge, its features of held-out images of the classes in y, and its numbers for real
@@ -1474,9 +1471,7 @@ def main(args):
         load_classifier(args.checkpoint, "cpu")  # one that is missing ends the run before a folder
     out = open_folder(args, run, data)
     if not args.checkpoint:
-        train_network(args, run, data, out / "checkpoint.pt")
-        if with_classifier:
-            train_classifier(args, run, data, out / "classifier.pt")
+        train_networks(args, run, data, out)
         leave_torchrun()
         draw_loss(out / "loss.png", run["losses"])
 

@@ -889,10 +889,11 @@ def in_bfloat16(function, args):
     kind = torch.device(args.device).type  # cpu or cuda
     return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
-def train(args, run, net, data, path, one_step, look=None):
-    """Train net from where the run is to args.steps. The run is saved to path each minute and at
-    the end, and whoever wants to draw loads it from there.
+def train(args, run, make, data, path, one_step, look=None):
+    """Train a network from where the run is to args.steps. The run is saved to path each minute and
+    at the end, and whoever wants to draw loads it from there.
 
+    make is make_network, or another function like it.
     one_step(net, ema, opt, x0, y, step) -> loss is one step of training on a batch; ema is the
     average of net, and opt is Adam.  look(ema) draws a row of training.png, on which one sees the
     network learn.
@@ -902,6 +903,8 @@ def train(args, run, net, data, path, one_step, look=None):
     each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
     if run["step"] >= args.steps:
         return
+    torch.manual_seed(args.seed)
+    net = make(vars(args), run["image_shape"], run["names"])
     net = in_fast_format(net.to(args.device), args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.Adam(net.parameters(), args.lr)
@@ -1380,8 +1383,6 @@ def get_args(argv=None):
 
 def train_network(args, run, data, path):
     """Train ε_θ, or go on with it, and save it to path."""
-    torch.manual_seed(args.seed)
-    net = make_network(vars(args), run["image_shape"], data.names)
     s = make_schedule(args.schedule, args.T).to(args.device)
     loss = {"eps": l_simple, "x0": l_x0, "mu": l_mu}[args.predict]
     if args.loss == "bound":
@@ -1395,7 +1396,7 @@ def train_network(args, run, data, path):
         eps_theta = as_eps_theta(ema, s, args.predict)
         return sample(args, s, run["image_shape"], lambda first, last: eps_theta, 16)[0]
 
-    train(args, run, net, data, path, one_step, look)
+    train(args, run, make_network, data, path, one_step, look)
 
 def main(args):
     """Train, unless there is a checkpoint; then draw from it and compare.  -> the numbers"""

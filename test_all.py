@@ -1491,11 +1491,14 @@ def test_two_processes_train_on_both_shares(monkeypatch):
         monkeypatch.setattr(ddpm, "RANK", rank)
         monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net: net)
         monkeypatch.setattr(ddpm, "save", lambda *_: None)
-        seen, start = [], {"step": 0, "seconds": 0, "losses": torch.zeros(0)}
+        seen, start = [], {"step": 0, "seconds": 0, "losses": torch.zeros(0), "names": [],
+                           "image_shape": []}
         def one_step(net, ema, opt, x0, y, step, seen=seen):
             seen.append(y)
             return torch.zeros(())
-        ddpm.train(args, start, nn.Linear(1, 1), ddpm.load_data(args), Path("x"), one_step)
+        def make(*_):
+            return nn.Linear(1, 1)
+        ddpm.train(args, start, make, ddpm.load_data(args), Path("x"), one_step)
         drawn[rank] = torch.stack(seen)
     assert drawn[0].shape == (2, 4) and not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0][0], drawn[0][1]) and not torch.equal(drawn[0][1], drawn[1][0])
