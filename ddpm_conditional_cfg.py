@@ -853,11 +853,9 @@ def claim_folder(name, default):
 def save(state, path):
     """Write a checkpoint under another name, then rename it: a run that is killed meanwhile leaves
     the last checkpoint whole."""
-    try:
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk by a RuntimeError
-        fail(f"{path} could not be written, and is as it was (is the disk full?): {e}")
+    with open(f"{path}.tmp", "wb") as file:  # to a name, torch.save reports no OSError
+        torch.save(state, file)
+    os.replace(f"{path}.tmp", path)
 
 def load_checkpoint(path):
     """What save has written. Ends the run if it is missing, damaged or another script's."""
@@ -1042,19 +1040,18 @@ def draw_table(path, rows, columns=()):
     return figure
 
 def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
-    """Save a curve.  -> figure"""
+    """Save a curve."""
     figure = Figure((6, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot(x, y)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
     figure.savefig(path, dpi=100)
-    return figure
 
 def draw_loss(path, losses):
-    """Save the curve of the loss: the mean of each hundredth of the run.  -> figure"""
+    """Save the curve of the loss: the mean of each hundredth of the run."""
     means = [part.mean().item() for part in losses.chunk(100)]
     steps = np.linspace(0, len(losses), len(means) + 1)[1:]
-    return draw_curve(path, steps, means, "step", "loss", "log")
+    draw_curve(path, steps, means, "step", "loss", "log")
 
 # Not copied: the reverse process as a film, the paper's trade-off, and its Fig. 2.
 def draw_film(path, frames, n, columns=()):
@@ -1084,11 +1081,10 @@ def draw_tradeoff(path, sweeps, metrics):
         ax.set(xlabel=x.replace("_", " "), ylabel=ylabel)
     ax.legend()
     figure.savefig(path, dpi=100)
-    return figure
 
 @torch.no_grad()
 def draw_gaussians(path, weights=(0, 1, 3), n=3000):
-    """Save samples of three Gaussians, from exact scores, guided by each weight.  -> figure
+    """Save samples of three Gaussians, from exact scores, guided by each weight.
 
     The paper's Fig. 2 shows the densities p(x | y) p(y | x)^w. Guided samples lie farther out.
 
@@ -1105,7 +1101,6 @@ def draw_gaussians(path, weights=(0, 1, 3), n=3000):
         ax.scatter(*x.T, s=2, c=y, cmap="brg")
         ax.set(title=f"w = {w}", aspect="equal")
     figure.savefig(path, dpi=110)
-    return figure
 
 # ----------------------------------------------------------------------------- presets and flags
 
@@ -1277,11 +1272,9 @@ def settings_of(typed):
         if typed[name] != config.get(name):
             flag = name.replace("_", "-")
             fail(f"--{flag} {typed[name]}: {path} was trained with {config.get(name)}")
-    if "resume" in typed and not run.get("net"):
-        fail(f"{path} holds weights to draw from (--checkpoint), not a training to go on with")
     if "checkpoint" in typed and "evaluate" not in typed:
         config["num_samples"] = 64
-    return {name: value for name, value in config.items() if name not in OF_A_CALL}
+    return config
 
 # ------------------------------------------------------------------------------------------ main
 
@@ -1356,11 +1349,9 @@ def run_from_shell():
     try:
         main(args)
     except KeyboardInterrupt:
-        if args.checkpoint or not Path(args.out or "", "checkpoint.pt").is_file():
-            fail("stopped by Ctrl-C. There is no checkpoint: the first is written after a minute")
-        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
-             f" the last checkpoint: python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
-    except OSError as e:  # no space left, no permission
+        fail(f"stopped by Ctrl-C. A training saves checkpoint.pt each minute; to go on from there:"
+             f" python {SCRIPT}.py --resume {args.out or 'FOLDER'}")
+    except OSError as e:  # no space left, no permission; the last checkpoint is as it was
         fail(e)
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU's memory is full: take a smaller --batch (now {args.batch}), --channels"

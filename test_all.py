@@ -1280,8 +1280,7 @@ MISTAKES = {
         "--w=2": "--w", "--attention=5": r"attention at \[5\].*\[8, 4\]",
         "--predict=v": "--predict.*mu",
         "--checkpoint=FILE --no-time-embedding": "--time-embedding False",
-        "--checkpoint=assets/mnist_cfg.pt": "checkpoint of ddpm_conditional_cfg.py",
-        "--resume=weights": "not a training to go on with"},
+        "--checkpoint=assets/mnist_cfg.pt": "checkpoint of ddpm_conditional_cfg.py"},
     cfg: MISTAKES_OF_BOTH | {
         "--p-uncond=1.5": "--p-uncond 1.5", "--classes 3 12": "--classes 12: the classes are 0, 1",
         "--guidance=x": "--guidance.*both", "--dataset=images": "guidance needs two classes",
@@ -1298,8 +1297,6 @@ def test_users_mistakes(quick, fails, monkeypatch, script, flags):
     Path("empty").mkdir()
     Path("file").write_text("text")
     Path("assets").symlink_to(HERE / "assets")
-    Path("weights").mkdir()
-    Path("weights/checkpoint.pt").symlink_to(HERE / "assets/mnist.pt")
     write_images("one/0.png", "images/0.png", "images/1.png")
     if "truncated" in flags:
         write_mnist()
@@ -1317,7 +1314,8 @@ def test_other_classes_than_the_checkpoints(no_pictures, fails, script):
 
 @pytest.mark.parametrize("error, line", [
     (torch.cuda.OutOfMemoryError(), "memory is full.*--batch"), (OSError(28, "No room"), "No room"),
-    (KeyboardInterrupt(), "stopped by Ctrl-C. There is no checkpoint"), (KeyError("ema"), None)])
+    (KeyboardInterrupt(), "stopped by Ctrl-C.*each minute.*--resume FOLDER"),
+    (KeyError("ema"), None)])
 @both
 def test_from_the_shell(script, error, line, monkeypatch, capsys):
     """What a user can cause is one line; a bug keeps its traceback."""
@@ -1510,13 +1508,15 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(no_pictures, script
     fails(script, "--resume=a --steps=9 --lr=1e30", "no longer finite.*smaller --lr")
     assert Path("a/checkpoint.pt").read_bytes() == before
 
-def test_a_full_disk_keeps_the_last_checkpoint(no_pictures, monkeypatch, fails):
+def test_a_full_disk_keeps_the_last_checkpoint(no_pictures, monkeypatch, capsys):
     run(ddpm, f"--quick --channels=8 --steps=2 --out=a {FEW[ddpm]}")
     before = Path("a/checkpoint.pt").read_bytes()
-    def full(state, path):
-        raise RuntimeError("PytorchStreamWriter failed: file write failed")
-    monkeypatch.setattr(torch, "save", full)
-    fails(ddpm, "--resume=a --steps=4", "a/checkpoint.pt could not be written, and is as it was")
+    full = partial(open, "/dev/full")
+    monkeypatch.setattr(ddpm, "open", lambda path, mode: full(mode), raising=False)
+    monkeypatch.setattr(sys, "argv", ["script", "--device=cpu", "--resume=a", "--steps=4"])
+    with pytest.raises(SystemExit) as e:
+        ddpm.run_from_shell()
+    assert e.value.code == 2 and "error: [Errno 28] No space left" in capsys.readouterr().err
     assert Path("a/checkpoint.pt").read_bytes() == before
 
 @both
