@@ -1253,7 +1253,7 @@ MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE
     "--multipliers 1 0": "--multipliers", "--schedule=liner": "liner.*cosine",
     "--sampler=x": "--sampler.*ddim", "--bogus=1": "bogus", "--step=3": "--step=3",
     "--device=tpu": "--device tpu", "--device=cuda:7": "--device cuda:7",
-    "--preset=large": "--preset.*paper", "--sampling-steps=2000": "only 1000 steps",
+    "--preset=large": "--preset.*paper",
     "--channels=10": "10 channels", "--multipliers 1 1 1 1 1": "8x8 cannot be halved 4 times",
     # empty is not a default
     "--dataset=": "--dataset: .*empty", "--checkpoint=": "--checkpoint: .*empty",
@@ -1448,7 +1448,7 @@ def replace_or_die(a, b):
 os.replace = replace_or_die
 script.main(script.get_args(sys.argv[3:]))"""
 
-def test_processes(fails, monkeypatch):
+def test_processes():
     """A run killed while saving and resumed is the uninterrupted run; and torchrun trains."""
     flags = "--quick --channels=8 --steps=5 --batch=8 --device=cpu --flip"
     environment = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
@@ -1476,9 +1476,6 @@ def test_processes(fails, monkeypatch):
     out, _ = torchrun.communicate(timeout=200)
     assert torchrun.returncode == 0, out
     assert read("two/checkpoint.pt")["step"] == read("two/classifier.pt")["step"] == 5
-    for script in (ddpm, cfg):
-        monkeypatch.setattr(script, "WORLD", 3)
-        fails(script, "--batch=64", "cannot be shared evenly by 3 processes")
 
 def test_two_processes_train_on_both_shares(monkeypatch):
     """Each process draws its own part of the batch, from its own seed."""
@@ -1678,7 +1675,7 @@ def test_presets_and_checkpoints_decide_the_defaults(quick):
         assert (get("--dataset=cars").image_size, get("--dataset=cars").flip) == (64, True)
         assert not get("--dataset=.").flip and get("--dataset=.").predict == "x0"
         assert get("--preset=paper").steps == 800_000 and get("--preset=paper").schedule == "linear"
-        assert get("--T=20").sampling_steps == 20 and get("--quick").steps == 30
+        assert get("--T=20 --sampling-steps=30").sampling_steps == 20 and get("--quick").steps == 30
         assert get("--multipliers 1").attention == [] and get("").attention == [4]
         path = quick(script)[0] / "checkpoint.pt"
         args = get(f"--checkpoint={path} --sampling-steps=7")
