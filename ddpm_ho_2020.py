@@ -662,13 +662,11 @@ def load_torchvision(dataset, data_dir):
         fail(f"{dataset} can neither be read from {data_dir} nor downloaded"
              f" ({type(e).__name__}: {e}). If it is there, a file is damaged or missing."
              " --dataset digits needs no files")
-    x, x_held = torch.as_tensor(train.data), torch.as_tensor(test.data)
-    if dataset == "mnist":
-        x, x_held = x[:, None], x_held[:, None]  # (N, 1, H, W)
-    else:
-        x, x_held = x.permute(0, 3, 1, 2), x_held.permute(0, 3, 1, 2)  # the colours come last there
     names = [name.split()[0] for name in train.classes]  # MNIST's are "0 - zero", ...
-    return (x, x_held, torch.as_tensor(train.targets), torch.as_tensor(test.targets)), names
+    pixels = [torch.as_tensor(part.data) for part in (train, test)]  # MNIST's have no colour axis
+    images = [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in pixels]
+    labels = [torch.as_tensor(part.targets) for part in (train, test)]
+    return images + labels, names
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 HIDDEN = (".", "@", "__")  # so begin the names that systems and programs give to their own files
