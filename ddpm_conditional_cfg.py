@@ -1208,7 +1208,6 @@ def read_flags(p, argv, **own_defaults):
 
     p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
-    argv = sys.argv[1:] if argv is None else argv
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
     defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device()}
     defaults |= own_defaults
@@ -1339,7 +1338,7 @@ def finish(args, run, measured, lines):
 
 def run_from_shell():
     """main(get_args()), with one line and exit status 2 for what a user can cause."""
-    args = get_args()
+    args = get_args(sys.argv[1:])
     try:
         main(args)
     except KeyboardInterrupt:
@@ -1357,8 +1356,8 @@ real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}
 loss {loss:.4f}, training {seconds_train:.0f} s, {params:,} parameters"""
 ROW = "{kind:<12}{w:>7g}{frechet:>19.2f}{label_accuracy:>17.1%}{classifier_score:>19.2f}"
 
-def get_args(argv=None):
-    """The flags of this script.  argv: a list of words; None takes those of the command line"""
+def get_args(argv):
+    """The flags of this script.  argv: a list of words"""
     p = argparse.ArgumentParser(
         description="Train a class-conditional diffusion model and guide it (Ho & Salimans 2022).",
         epilog="examples:\n  python ddpm_conditional_cfg.py --dataset mnist\n"

@@ -1190,7 +1190,6 @@ def read_flags(p, argv, **own_defaults):
 
     p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
-    argv = sys.argv[1:] if argv is None else argv
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
     defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device()}
     defaults |= own_defaults
@@ -1332,7 +1331,7 @@ def finish(args, run, measured, lines):
 
 def run_from_shell():
     """main(get_args()), with one line and exit status 2 for what a user can cause."""
-    args = get_args()
+    args = get_args(sys.argv[1:])
     try:
         main(args)
     except KeyboardInterrupt:
@@ -1344,8 +1343,8 @@ def run_from_shell():
         fail(f"the GPU's memory is full: take a smaller --batch (now {args.batch}), --channels"
              f" ({args.channels}) or --image-size ({args.image_size})")
 
-def get_args(argv=None):
-    """The flags of this script.  argv: a list of words; None takes those of the command line"""
+def get_args(argv):
+    """The flags of this script.  argv: a list of words"""
     p = argparse.ArgumentParser(
         description="Train a diffusion model on images and draw from it (Ho, Jain & Abbeel 2020).",
         epilog="examples:\n  python ddpm_ho_2020.py --dataset mnist\n"
