@@ -749,7 +749,8 @@ def read_images(listing, size):
         bar = tqdm(pool.map(attempt, listing), "reading images", len(listing), disable=RANK > 0)
         found = [pair for pair in bar if pair is not None]
     if len(found) < 2:
-        fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed")
+        fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed;"
+             " --dataset is digits, mnist, cifar10, cars, or the path of a folder of images")
     names = sorted({name for _, name in found}, key=natural)
     x = torch.tensor(np.stack([image for image, _ in found]))
     y = torch.tensor([names.index(name) for _, name in found])
@@ -1223,13 +1224,10 @@ def default_device():
 def preset_of(typed):
     """The settings of a new run: those of --preset, else those of its data set."""
     dataset = typed.get("dataset", "digits")
-    built_in = dataset in DATASETS
-    if not built_in and not Path(dataset).is_dir():
-        fail(f"--dataset {dataset}: no such folder, and not digits, mnist, cifar10 or cars")
     if dataset in SIZES and "image_size" in typed:
         fail(f"--image-size: {dataset} has images of {SIZES[dataset]} pixels, and keeps them")
-    preset = typed.get("preset", dataset if built_in else "folder")
-    defaults = PRESETS[preset] | {"image_size": SIZES.get(dataset, 64)}
+    own_preset = dataset if dataset in DATASETS else "folder"
+    defaults = PRESETS[typed.get("preset", own_preset)] | {"image_size": SIZES.get(dataset, 64)}
     if "quick" in typed:
         defaults |= QUICK | {"image_size": SIZES.get(dataset, 32)}
     return defaults

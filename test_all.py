@@ -1259,7 +1259,7 @@ MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE
     "--dataset=": "--dataset: .*empty", "--checkpoint=": "--checkpoint: .*empty",
     "--out=": "--out: .*empty", "--resume=": "--resume: .*empty",
     # data
-    "--dataset=mnits": "mnits: no such folder, and not digits", "--dataset=one": "only 1 of 1",
+    "--dataset=mnits": "only 0 of 0 images.*digits, mnist", "--dataset=one": "only 1 of 1",
     "--dataset=empty": "only 0 of 0 images", "--dataset=images --image-size=30": "30x30",
     "--dataset=cars --data-dir=images": "no Stanford Cars in images.*7545",
     "--dataset=mnist --data-dir=file": "mnist can neither be read from file nor",
@@ -1719,7 +1719,6 @@ def test_readme_commands_parse(monkeypatch):
         state = {"script": script.__name__, "config": vars(script.get_args([])), "net": 1,
                  "image_shape": [1, 8, 8]}
         monkeypatch.setattr(script, "load_checkpoint", lambda path, state=state: state)
-    monkeypatch.setattr(Path, "is_dir", lambda self: True)
     assert len(commands) > 6
     for command, module in commands:
         command = command.split("    ")[0]
