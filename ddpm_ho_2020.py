@@ -1293,12 +1293,9 @@ def open_folder(args, run, data):
     if RANK > 0:  # only the first of torchrun's processes writes
         return Path(name)
     args.out = args.resume or str(claim_folder(args.out, name))
-    shape = "x".join(str(n) for n in run["image_shape"])
-    print(f"{args.dataset}, {shape}, on {args.device}; results in {args.out}", flush=True)
+    print(f"{args.dataset}, {run['image_shape']}, on {args.device}; results in {args.out}")
     if data is not None:
-        counts = data.labels.bincount(minlength=len(data.names)).tolist()
-        classes = [f"{name} {n}" for name, n in zip(data.names, counts)]
-        print(f"{len(data.images)} images, by class: {', '.join(classes[:15])}", flush=True)
+        print(f"{len(data.images)} images of the classes {', '.join(data.names[:15])}", flush=True)
     return Path(args.out)
 
 def finish(args, run, measured, lines):
@@ -1319,8 +1316,6 @@ def finish(args, run, measured, lines):
             print(line.format(**metrics))
         except KeyError:  # a number that this run does not have
             continue
-    if args.quick:
-        print("--quick trains for seconds only: its samples are still noise")
     if not args.checkpoint:
         print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
         print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")

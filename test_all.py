@@ -1359,7 +1359,7 @@ def test_a_quick_run_and_the_same_from_its_checkpoint(quick, script):
     assert m == json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     keys = "dataset seed device torch steps params seconds_train loss config"
     assert set(keys.split()) <= m.keys() and m["steps"] == 30 and 0 < m["loss"] < 0.9
-    assert "1347 images, by class: 0 141" in told and f"--resume {out} --steps 60" in told
+    assert "1347 images of the classes 0, 1, 2" in told and f"--resume {out} --steps 60" in told
     assert told.splitlines()[-1] == f"look at:    {out}/samples.png"
     given = "--num-samples=100" + (" --guidance free classifier" if script is cfg else "")
     again = run(script, f"--checkpoint={out}/checkpoint.pt --out=again {given}")
