@@ -944,12 +944,6 @@ def train(args, run, make, data, path, one_step, look=None):
                        net=net.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict())
             save(run, path)
 
-def leave_torchrun():
-    """After training, the first of torchrun's processes goes on alone."""
-    if WORLD > 1:
-        torch.distributed.destroy_process_group()
-    if RANK > 0:
-        sys.exit()
 
 @torch.no_grad()
 def sample(args, s, image_shape, theta_of, n):
@@ -1382,7 +1376,10 @@ def main(args):
     out = open_folder(args, run, data)
     if not args.checkpoint:
         train_network(args, run, data, out / "checkpoint.pt")
-        leave_torchrun()
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
+        if RANK > 0:  # the first of torchrun's processes draws alone
+            sys.exit()
         draw_loss(out / "loss.png", run["losses"])
 
     eps_theta, s, shape, _ = load(args.checkpoint or out / "checkpoint.pt", args.device)
