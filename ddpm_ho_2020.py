@@ -1397,12 +1397,11 @@ def main(args):
     if args.experiments:
         metrics |= likelihood(args, eps_theta, s, data, out)
         metrics |= inpainting(args, eps_theta, s, judge, data, out)
+        interpolation(args, eps_theta, s, data, out)
     metrics = finish(args, run, metrics, LINES)
     arrays = samples.permute(0, 2, 3, 1).cpu().numpy()  # N, H, W, C, as tools for FID read it
     np.savez_compressed(out / "samples.npz", arrays)
     draw_samples(out, samples, frames, None if data is None else data.images)
-    if args.experiments:
-        interpolation(args, eps_theta, s, data, out)
     return metrics
 
 if __name__ == "__main__":
