@@ -604,7 +604,6 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -617,6 +616,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, MNIST
 from torchvision.utils import make_grid
+from tqdm.contrib.concurrent import thread_map
 
 SCRIPT = Path(__file__).stem
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "langevin": langevin_sample}
@@ -745,9 +745,8 @@ def read_images(listing, size):
             tqdm.write(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
 
     listing = sorted(listing, key=lambda entry: natural(str(entry[0])))
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(attempt, listing), "reading images", len(listing), disable=RANK > 0)
-        found = [pair for pair in bar if pair is not None]
+    pairs = thread_map(attempt, listing, desc="reading images", disable=RANK > 0)
+    found = [pair for pair in pairs if pair is not None]
     if len(found) < 2:
         fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed;"
              " --dataset is digits, mnist, cifar10, cars, or the path of a folder of images")
