@@ -979,23 +979,22 @@ def draw_table(path, rows, columns=()):
     """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top"""
     table, n = table_of(rows), len(rows[0][1])
     H, W = table.shape[0] / len(rows), table.shape[1] / n
-    figure = Figure((1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(table, interpolation="nearest")
+    size = 1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W
+    ax = Figure(size, layout="constrained").subplots()
+    picture = ax.imshow(table, interpolation="nearest")
     ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
     ax.set_yticks([(i + 0.5) * H for i in range(len(rows))], [label for label, _ in rows])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
-    return figure
+    ax.figure.savefig(path, dpi=100)
+    return picture
 
 def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
     """Save a curve."""
-    figure = Figure((6, 4), layout="constrained")
-    ax = figure.subplots()
+    ax = Figure((6, 4), layout="constrained").subplots()
     ax.plot(x, y)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
-    figure.savefig(path, dpi=100)
+    ax.figure.savefig(path, dpi=100)
 
 def draw_loss(path, losses):
     """Save the curve of the loss: the mean of each hundredth of the run."""
