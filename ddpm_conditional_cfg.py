@@ -1018,7 +1018,8 @@ def table_of(rows):
     return grid.permute(1, 2, 0).numpy()
 
 def draw_table(path, rows, columns=()):
-    """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top"""
+    """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top
+    -> matplotlib's picture of the table"""
     table, n = table_of(rows), len(rows[0][1])
     H, W = table.shape[0] / len(rows), table.shape[1] / n
     size = 1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W
@@ -1201,8 +1202,8 @@ def read_flags(p, argv, **own_defaults):
     p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
-    defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device()}
-    defaults |= own_defaults
+    defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device(),
+                **own_defaults}
     if "checkpoint" in typed or "resume" in typed:
         defaults |= settings_of(typed)
     else:
@@ -1296,7 +1297,7 @@ def open_folder(args, run, data):
         print(f"{len(data.images)} images of the classes {', '.join(data.names[:15])}", flush=True)
     return Path(args.out)
 
-def finish(args, run, measured, lines):
+def finish(args, run, measured):
     """Write metrics.json, print the numbers and what to type next. The last line names the picture.
 
     This comes before any picture is drawn, so that no number is lost if one fails."""
@@ -1309,11 +1310,9 @@ def finish(args, run, measured, lines):
     metrics["config"] = {name: value for name, value in vars(args).items() if value is not None}
     text = json.dumps(metrics, indent=1, ensure_ascii=False)
     Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
-    for line in lines.strip().splitlines():
-        try:
+    for name, line in LINES.items():
+        if name in metrics:
             print(line.format(**metrics))
-        except KeyError:  # a number that this run does not have
-            continue
     if not args.checkpoint:
         print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
         print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")
@@ -1335,9 +1334,9 @@ def run_from_shell():
              f" ({args.channels}) or --image-size ({args.image_size})")
 
 # Not copied: the flags of guidance, and the run.
-LINES = """
-real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}
-loss {loss:.4f}, training {seconds_train:.0f} s, {params:,} parameters"""
+LINES = {  # a number of metrics.json -> the line that is printed if a run has it
+    "frechet_floor": "real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}",
+    "loss": "loss {loss:.4f}, training {seconds_train:.0f} s, {params:,} parameters"}
 ROW = "{kind:<12}{w:>7g}{frechet:>19.2f}{label_accuracy:>17.1%}{classifier_score:>19.2f}"
 
 def get_args(argv):
@@ -1471,7 +1470,7 @@ def main(args):
             kept, kept_frames = images, frames
     for kind, sweep in sweeps.items():
         metrics["sweep" if kind == args.guidance[0] else f"sweep_{kind}"] = sweep
-    metrics = finish(args, run, metrics, LINES)
+    metrics = finish(args, run, metrics)
     arrays = kept.permute(0, 2, 3, 1).cpu().numpy()  # N, H, W, C, as tools for FID read it
     np.savez_compressed(out / "samples.npz", arrays, y.cpu().numpy())
     columns = [textwrap.fill(names[k], 11) for k in y[:n].tolist()]

@@ -976,7 +976,8 @@ def table_of(rows):
     return grid.permute(1, 2, 0).numpy()
 
 def draw_table(path, rows, columns=()):
-    """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top"""
+    """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top
+    -> matplotlib's picture of the table"""
     table, n = table_of(rows), len(rows[0][1])
     H, W = table.shape[0] / len(rows), table.shape[1] / n
     size = 1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W
@@ -1184,8 +1185,8 @@ def read_flags(p, argv, **own_defaults):
     p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
-    defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device()}
-    defaults |= own_defaults
+    defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device(),
+                **own_defaults}
     if "checkpoint" in typed or "resume" in typed:
         defaults |= settings_of(typed)
     else:
@@ -1243,17 +1244,22 @@ def settings_of(typed):
 
 # ------------------------------------------------------------------------------------------ main
 
-LINES = """
-loss                    {loss:.4f}
-Fréchet distance        {frechet:.2f} (real images: {frechet_floor:.2f})
-clearly of a class      {confident_share:.1%} (real images: {confident_share_real:.1%})
-rarest class            {rarest_class_share:.1%} of the samples
-bound                   {bits_per_dim:.2f} bits/dim (histograms: {bits_per_dim_histogram:.2f})
-rate, distortion        {bits_per_dim_rate:.2f} bits/dim, {rmse_at_rate:.2f} of 255
-inpainting, RMSE        {inpainting_rmse:.1f} of 255
-inpainting, recognised  {inpainting_kept:.1%}
-training                {seconds_train:.0f} s, {params:,} parameters
-sampling                {seconds_sample:.0f} s"""
+LINES = {  # a number of metrics.json -> the line that is printed if a run has it
+    "loss": "loss                    {loss:.4f}",
+    "frechet": "Fréchet distance        {frechet:.2f} (real images: {frechet_floor:.2f})",
+    "confident_share":
+        "clearly of a class      {confident_share:.1%} (real images: {confident_share_real:.1%})",
+    "rarest_class_share": "rarest class            {rarest_class_share:.1%} of the samples",
+    "bits_per_dim":
+        "bound                   {bits_per_dim:.2f} bits/dim (histograms:"
+        " {bits_per_dim_histogram:.2f})",
+    "rmse_at_rate":
+        "rate, distortion        {bits_per_dim_rate:.2f} bits/dim, {rmse_at_rate:.2f} of 255",
+    "inpainting_rmse": "inpainting, RMSE        {inpainting_rmse:.1f} of 255",
+    "inpainting_kept": "inpainting, recognised  {inpainting_kept:.1%}",
+    "seconds_train":
+        "training                {seconds_train:.0f} s, {params:,} parameters",
+    "seconds_sample": "sampling                {seconds_sample:.0f} s"}
 
 def open_run(args):
     """The data, or None where drawing needs none; and the run, new or from its checkpoint."""
@@ -1290,7 +1296,7 @@ def open_folder(args, run, data):
         print(f"{len(data.images)} images of the classes {', '.join(data.names[:15])}", flush=True)
     return Path(args.out)
 
-def finish(args, run, measured, lines):
+def finish(args, run, measured):
     """Write metrics.json, print the numbers and what to type next. The last line names the picture.
 
     This comes before any picture is drawn, so that no number is lost if one fails."""
@@ -1303,11 +1309,9 @@ def finish(args, run, measured, lines):
     metrics["config"] = {name: value for name, value in vars(args).items() if value is not None}
     text = json.dumps(metrics, indent=1, ensure_ascii=False)
     Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
-    for line in lines.strip().splitlines():
-        try:
+    for name, line in LINES.items():
+        if name in metrics:
             print(line.format(**metrics))
-        except KeyError:  # a number that this run does not have
-            continue
     if not args.checkpoint:
         print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
         print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")
@@ -1396,7 +1400,7 @@ def main(args):
         metrics |= likelihood(args, eps_theta, s, data, out)
         metrics |= inpainting(args, eps_theta, s, judge, data, out)
         interpolation(args, eps_theta, s, data, out)
-    metrics = finish(args, run, metrics, LINES)
+    metrics = finish(args, run, metrics)
     arrays = samples.permute(0, 2, 3, 1).cpu().numpy()  # N, H, W, C, as tools for FID read it
     np.savez_compressed(out / "samples.npz", arrays)
     draw_samples(out, samples, frames, None if data is None else data.images)
