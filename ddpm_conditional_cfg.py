@@ -969,11 +969,10 @@ def train(args, run, make, data, path, one_step, look=None):
 
         due = step == args.steps or time.monotonic() - saved > 60
         if step % 100 == 0 or due:
-            recent = losses[max(0, step - 100):step].mean().item()
-            if not math.isfinite(recent) or not all(p.isfinite().all() for p in net.parameters()):
+            if not all(weight.isfinite().all() for weight in net.parameters()):
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr than"
                      f" {args.lr:g}. The last checkpoint is as it was")
-            bar.set_postfix(loss=f"{recent:.4f}")
+            bar.set_postfix(loss=losses[max(0, step - 100):step].mean().item())
         if look is not None and step in milestones and RANK == 0:
             run["snapshots"][step] = look(ema).cpu()
             rows = [(f"step {k}", images) for k, images in run["snapshots"].items()]
@@ -983,7 +982,6 @@ def train(args, run, make, data, path, one_step, look=None):
             run.update(step=step, seconds=before + saved - began, losses=losses[:step].cpu(),
                        net=net.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict())
             save(run, path)
-
 
 @torch.no_grad()
 def sample(args, s, image_shape, theta_of, n):
@@ -1025,8 +1023,8 @@ def draw_table(path, rows, columns=()):
     size = 1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W
     ax = Figure(size, layout="constrained").subplots()
     picture = ax.imshow(table, interpolation="nearest")
-    ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
-    ax.set_yticks([(i + 0.5) * H for i in range(len(rows))], [label for label, _ in rows])
+    ax.set_xticks((np.arange(len(columns)) + 0.5) * W, columns)
+    ax.set_yticks((np.arange(len(rows)) + 0.5) * H, [label for label, _ in rows])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
     ax.figure.savefig(path, dpi=100)
@@ -1415,7 +1413,8 @@ def train_networks(args, run, data, out):
 
 def compare_real(args, data, y):
     """The judge, its features of held-out images of the classes in y, and its numbers for real
-    images with the labels y; or None, None, {} where there are too few."""
+    images with the labels y; or None, None, {} where there are too few. Prints the head of the
+    table to which the sweep adds the rows."""
     held = torch.isin(data.held_labels, y)
     if args.quick or min(len(y), held.sum()) <= 64:  # fewer have no covariance of 64 features
         print("no Fréchet distance: it takes more than 64 samples and held-out images, not --quick")
@@ -1423,6 +1422,7 @@ def compare_real(args, data, y):
     judge = train_judge(data)
     f_held = features_of(judge, data.held_out[held])
     f_real = features_of(judge, real_like(data, y, args.seed))
+    print("guidance          w   Fréchet distance   label accuracy   classifier score")
     right = judge[1](f_held).argmax(1) == data.held_labels[held]
     return judge, f_held, {"frechet_floor": frechet_distance(f_real, f_held),
                            "label_accuracy_real": right.double().mean().item()}
@@ -1452,8 +1452,6 @@ def main(args):
     if data is not None:
         judge, f_held, metrics = compare_real(args, data, y)
         rows.append(("real", real_like(data, y[:n], args.seed)))
-    if judge is not None:
-        print("guidance          w   Fréchet distance   label accuracy   classifier score")
     sweeps = {kind: [] for kind in args.guidance}
     kept_w = min(args.w, key=abs)
     for kind, w in itertools.product(args.guidance, sorted(args.w)):

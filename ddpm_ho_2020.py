@@ -928,11 +928,10 @@ def train(args, run, make, data, path, one_step, look=None):
 
         due = step == args.steps or time.monotonic() - saved > 60
         if step % 100 == 0 or due:
-            recent = losses[max(0, step - 100):step].mean().item()
-            if not math.isfinite(recent) or not all(p.isfinite().all() for p in net.parameters()):
+            if not all(weight.isfinite().all() for weight in net.parameters()):
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr than"
                      f" {args.lr:g}. The last checkpoint is as it was")
-            bar.set_postfix(loss=f"{recent:.4f}")
+            bar.set_postfix(loss=losses[max(0, step - 100):step].mean().item())
         if look is not None and step in milestones and RANK == 0:
             run["snapshots"][step] = look(ema).cpu()
             rows = [(f"step {k}", images) for k, images in run["snapshots"].items()]
@@ -942,7 +941,6 @@ def train(args, run, make, data, path, one_step, look=None):
             run.update(step=step, seconds=before + saved - began, losses=losses[:step].cpu(),
                        net=net.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict())
             save(run, path)
-
 
 @torch.no_grad()
 def sample(args, s, image_shape, theta_of, n):
@@ -983,8 +981,8 @@ def draw_table(path, rows, columns=()):
     size = 1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W
     ax = Figure(size, layout="constrained").subplots()
     picture = ax.imshow(table, interpolation="nearest")
-    ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
-    ax.set_yticks([(i + 0.5) * H for i in range(len(rows))], [label for label, _ in rows])
+    ax.set_xticks((np.arange(len(columns)) + 0.5) * W, columns)
+    ax.set_yticks((np.arange(len(rows)) + 0.5) * H, [label for label, _ in rows])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
     ax.figure.savefig(path, dpi=100)
