@@ -988,7 +988,7 @@ def sample(args, s, image_shape, theta_of, n):
     """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
 
     They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
-    frames are kept that the figures need: {t: (x_t, x̂_0)}, as uint8.
+    frames are kept that the figures need, from the largest t to 0: {t: (x_t, x̂_0)}, as uint8.
     -> uint8 (n, C, H, W), frames"""
     torch.manual_seed(args.seed)
     portion = 50 if args.device == "cpu" else 500
@@ -1046,8 +1046,7 @@ def draw_loss(path, losses):
 # Not copied: the reverse process as a film, the paper's trade-off, and its Fig. 2.
 def draw_film(path, frames, n, columns=()):
     """Save the reverse process of n images, x_t above x̂_0, as a looping GIF; its end as PNG."""
-    moments = [frames[t] for t in sorted(frames, reverse=True)]
-    rows = [[("x_t", xt[:n]), ("x̂_0", x0_hat[:n])] for xt, x0_hat in moments]
+    rows = [[("x_t", xt[:n]), ("x̂_0", x0_hat[:n])] for xt, x0_hat in frames.values()]
     picture = draw_table(path.with_suffix(".png"), rows[-1], columns)
     picture.figure.set_layout_engine("none")  # where things are now they stay
     order = [*range(len(rows)), *[len(rows) - 1] * 20]  # the end stands still for a while

@@ -947,7 +947,7 @@ def sample(args, s, image_shape, theta_of, n):
     """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
 
     They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
-    frames are kept that the figures need: {t: (x_t, x̂_0)}, as uint8.
+    frames are kept that the figures need, from the largest t to 0: {t: (x_t, x̂_0)}, as uint8.
     -> uint8 (n, C, H, W), frames"""
     torch.manual_seed(args.seed)
     portion = 50 if args.device == "cpu" else 500
@@ -1008,7 +1008,7 @@ def draw_samples(out, samples, frames, real):
     if real is not None:
         rows.insert(0, ("real", real[torch.arange(n) % len(real)]))
     draw_table(out / "samples.png", rows)
-    times = sorted(frames, reverse=True)[::2]
+    times = list(frames)[::2]
     rows = []
     for k in range(min(3, n)):
         rows.append(("x_t", torch.stack([frames[t][0][k] for t in times])))
