@@ -1124,7 +1124,7 @@ PRESETS = {  # each data set's own, and more for --preset
 }
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10)
 SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # of images that are not scaled
-DATASETS = [*SIZES, "cars"]  # others are folders
+
 UNSET = dict(  # flags that are of one call, as they are when they are not typed
     out=None, resume=None, checkpoint=None, evaluate=False, experiments=False, quick=False,
     t_max=None, classes=None)
@@ -1233,7 +1233,7 @@ def preset_of(typed):
     dataset = typed.get("dataset", "digits")
     if dataset in SIZES and "image_size" in typed:
         fail(f"--image-size: {dataset} has images of {SIZES[dataset]} pixels, and keeps them")
-    own_preset = dataset if dataset in DATASETS else "folder"
+    own_preset = dataset if dataset in (*SIZES, "cars") else "folder"
     defaults = PRESETS[typed.get("preset", own_preset)] | {"image_size": SIZES.get(dataset, 64)}
     if "quick" in typed:
         defaults |= QUICK | {"image_size": SIZES.get(dataset, 32)}
@@ -1322,8 +1322,8 @@ def run_from_shell():
     try:
         main(args)
     except KeyboardInterrupt:
-        fail(f"stopped by Ctrl-C. A training saves checkpoint.pt each minute; to go on from there:"
-             f" python {SCRIPT}.py --resume {args.out or 'FOLDER'}")
+        fail("stopped by Ctrl-C. A training is saved each minute, and goes on from the last save"
+             " with --resume FOLDER")
     except OSError as e:  # no space left, no permission; the last checkpoint is as it was
         fail(e)
     except torch.cuda.OutOfMemoryError:

@@ -1001,12 +1001,12 @@ def draw_loss(path, losses):
     steps = np.linspace(0, len(losses), len(means) + 1)[1:]
     draw_curve(path, steps, means, "step", "loss", "log")
 
-def draw_samples(out, samples, frames, real):
-    """samples.png (real images, if there are any, on top) and progressive.png."""
+def draw_samples(out, samples, frames, data):
+    """samples.png (real images on top, if data are there) and progressive.png."""
     n = min(16, len(samples))
     rows = [("samples", row) for row in samples[:4 * n].split(n) if len(row) == n]
-    if real is not None:
-        rows.insert(0, ("real", real[torch.arange(n) % len(real)]))
+    if data is not None:
+        rows.insert(0, ("real", data.images[torch.arange(n) % len(data.images)]))
     draw_table(out / "samples.png", rows)
     times = list(frames)[::2]
     rows = []
@@ -1108,7 +1108,7 @@ PRESETS = {  # each data set's own, and more for --preset
 }
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10)
 SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # of images that are not scaled
-DATASETS = [*SIZES, "cars"]  # others are folders
+
 UNSET = dict(  # flags that are of one call, as they are when they are not typed
     out=None, resume=None, checkpoint=None, evaluate=False, experiments=False, quick=False,
     t_max=None, classes=None)
@@ -1217,7 +1217,7 @@ def preset_of(typed):
     dataset = typed.get("dataset", "digits")
     if dataset in SIZES and "image_size" in typed:
         fail(f"--image-size: {dataset} has images of {SIZES[dataset]} pixels, and keeps them")
-    own_preset = dataset if dataset in DATASETS else "folder"
+    own_preset = dataset if dataset in (*SIZES, "cars") else "folder"
     defaults = PRESETS[typed.get("preset", own_preset)] | {"image_size": SIZES.get(dataset, 64)}
     if "quick" in typed:
         defaults |= QUICK | {"image_size": SIZES.get(dataset, 32)}
@@ -1322,8 +1322,8 @@ def run_from_shell():
     try:
         main(args)
     except KeyboardInterrupt:
-        fail(f"stopped by Ctrl-C. A training saves checkpoint.pt each minute; to go on from there:"
-             f" python {SCRIPT}.py --resume {args.out or 'FOLDER'}")
+        fail("stopped by Ctrl-C. A training is saved each minute, and goes on from the last save"
+             " with --resume FOLDER")
     except OSError as e:  # no space left, no permission; the last checkpoint is as it was
         fail(e)
     except torch.cuda.OutOfMemoryError:
@@ -1401,7 +1401,7 @@ def main(args):
     metrics = finish(args, run, metrics)
     arrays = samples.permute(0, 2, 3, 1).cpu().numpy()  # N, H, W, C, as tools for FID read it
     np.savez_compressed(out / "samples.npz", arrays)
-    draw_samples(out, samples, frames, None if data is None else data.images)
+    draw_samples(out, samples, frames, data)
     return metrics
 
 if __name__ == "__main__":
