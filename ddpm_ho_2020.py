@@ -616,7 +616,6 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -629,6 +628,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, MNIST
 from torchvision.utils import make_grid
+from tqdm.contrib.concurrent import thread_map
 
 SCRIPT = Path(__file__).stem
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "langevin": langevin_sample}
@@ -674,13 +674,11 @@ def load_torchvision(dataset, data_dir):
         fail(f"{dataset} can neither be read from {data_dir} nor downloaded"
              f" ({type(e).__name__}: {e}). If it is there, a file is damaged or missing."
              " --dataset digits needs no files")
-    x, x_held = torch.as_tensor(train.data), torch.as_tensor(test.data)
-    if dataset == "mnist":
-        x, x_held = x[:, None], x_held[:, None]  # (N, 1, H, W)
-    else:
-        x, x_held = x.permute(0, 3, 1, 2), x_held.permute(0, 3, 1, 2)  # the colours come last there
     names = [name.split()[0] for name in train.classes]  # MNIST's are "0 - zero", ...
-    return (x, x_held, torch.as_tensor(train.targets), torch.as_tensor(test.targets)), names
+    pixels = [torch.as_tensor(part.data) for part in (train, test)]  # MNIST's have no colour axis
+    images = [x.reshape(*x.shape[:3], -1).permute(0, 3, 1, 2) for x in pixels]
+    labels = [torch.as_tensor(part.targets) for part in (train, test)]
+    return images + labels, names
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 HIDDEN = (".", "@", "__")  # so begin the names that systems and programs give to their own files
@@ -759,11 +757,11 @@ def read_images(listing, size):
             tqdm.write(f"skipped {path}: {str(e) or type(e).__name__}", file=sys.stderr)
 
     listing = sorted(listing, key=lambda entry: natural(str(entry[0])))
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(attempt, listing), "reading images", len(listing), disable=RANK > 0)
-        found = [pair for pair in bar if pair is not None]
+    pairs = thread_map(attempt, listing, desc="reading images", disable=RANK > 0)
+    found = [pair for pair in pairs if pair is not None]
     if len(found) < 2:
-        fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed")
+        fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed;"
+             " --dataset is digits, mnist, cifar10, cars, or the path of a folder of images")
     names = sorted({name for _, name in found}, key=natural)
     x = torch.tensor(np.stack([image for image, _ in found]))
     y = torch.tensor([names.index(name) for _, name in found])
@@ -839,24 +837,21 @@ def claim_folder(name, default):
 def save(state, path):
     """Write a checkpoint under another name, then rename it: a run that is killed meanwhile leaves
     the last checkpoint whole."""
-    try:
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk by a RuntimeError
-        fail(f"{path} could not be written, and is as it was (is the disk full?): {e}")
+    with open(f"{path}.tmp", "wb") as file:  # to a name, torch.save reports no OSError
+        torch.save(state, file)
+    os.replace(f"{path}.tmp", path)
 
 def load_checkpoint(path):
     """What save has written. Ends the run if it is missing, damaged or another script's."""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, schedule = run["script"], run["config"]["schedule"]
-        _ = run["ema"], run["image_shape"], run["names"]
+        script = run["script"]
     except FileNotFoundError:
         fail(f"{path}: there is no such file")
     except Exception as e:  # the bytes of a damaged file can lead anywhere
         fail(f"{path} is damaged, or no checkpoint of {SCRIPT}.py ({type(e).__name__})")
-    if script != SCRIPT or schedule not in SCHEDULES:
-        fail(f"{path} is a checkpoint of {script}.py with the schedule {schedule}")
+    if script != SCRIPT:
+        fail(f"{path} is a checkpoint of {script}.py")
     return run
 
 def make_network(config, image_shape, names):
@@ -903,8 +898,22 @@ def in_bfloat16(function, args):
     kind = torch.device(args.device).type  # cpu or cuda
     return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
-def start(args, net, run):
-    """The network, its average and Adam: new, or as the run's checkpoint holds them."""
+def train(args, run, make, data, path, one_step, look=None):
+    """Train a network from where the run is to args.steps. The run is saved to path each minute and
+    at the end, and whoever wants to draw loads it from there.
+
+    make is make_network, or another function like it.
+    one_step(net, ema, opt, x0, y, step) -> loss is one step of training on a batch; ema is the
+    average of net, and opt is Adam.  look(ema) draws a row of training.png, on which one sees the
+    network learn.
+
+    Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
+    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
+    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
+    if run["step"] >= args.steps:
+        return
+    torch.manual_seed(args.seed)
+    net = make(vars(args), run["image_shape"], run["names"])
     net = in_fast_format(net.to(args.device), args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.Adam(net.parameters(), args.lr)
@@ -912,20 +921,6 @@ def start(args, net, run):
         net.load_state_dict(run["net"])
         ema.load_state_dict(run["ema"])
         opt.load_state_dict(run["optimizer"])
-    run["ema"] = ema.state_dict()
-    return net, ema, opt
-
-def train(args, run, net, ema, opt, data, path, one_step, look=None):
-    """Train from where the run is to args.steps, and save it to path each minute and at the end.
-
-    one_step(net, x0, y, step) -> loss is one step of training on a batch.  look() draws the rows of
-    training.png, on which one sees the network learn.
-
-    Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
-    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
-    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
-    if run["step"] >= args.steps:
-        return
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device, warmup = data.images.device, min(args.warmup, max(1, args.steps // 10))
     losses = torch.zeros(args.steps, device=device)
@@ -943,17 +938,16 @@ def train(args, run, net, ema, opt, data, path, one_step, look=None):
         if args.flip:
             mirrored = torch.rand(len(x0), 1, 1, 1, device=device) < 0.5
             x0 = torch.where(mirrored, x0.flip(3), x0)
-        losses[step - 1] = one_step(model, x0, data.labels[i], step)
+        losses[step - 1] = one_step(model, ema, opt, x0, data.labels[i], step)
 
         due = step == args.steps or time.monotonic() - saved > 60
         if step % 100 == 0 or due:
-            recent = losses[max(0, step - 100):step].mean().item()
-            if not math.isfinite(recent) or not all(p.isfinite().all() for p in net.parameters()):
+            if not all(weight.isfinite().all() for weight in net.parameters()):
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr than"
                      f" {args.lr:g}. The last checkpoint is as it was")
-            bar.set_postfix(loss=f"{recent:.4f}")
+            bar.set_postfix(loss=losses[max(0, step - 100):step].mean().item())
         if look is not None and step in milestones and RANK == 0:
-            run["snapshots"][step] = look().cpu()
+            run["snapshots"][step] = look(ema).cpu()
             rows = [(f"step {k}", images) for k, images in run["snapshots"].items()]
             draw_table(path.with_name("training.png"), rows)
         if due and RANK == 0:
@@ -962,19 +956,12 @@ def train(args, run, net, ema, opt, data, path, one_step, look=None):
                        net=net.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict())
             save(run, path)
 
-def leave_torchrun():
-    """After training, the first of torchrun's processes goes on alone."""
-    if WORLD > 1:
-        torch.distributed.destroy_process_group()
-    if RANK > 0:
-        sys.exit()
-
 @torch.no_grad()
-def sample(args, s, image_shape, theta_of, n, show=True):
+def sample(args, s, image_shape, theta_of, n):
     """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
 
     They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
-    frames are kept that the figures need: {t: (x_t, x̂_0)}, as uint8.
+    frames are kept that the figures need, from the largest t to 0: {t: (x_t, x̂_0)}, as uint8.
     -> uint8 (n, C, H, W), frames"""
     torch.manual_seed(args.seed)
     portion = 50 if args.device == "cpu" else 500
@@ -986,8 +973,7 @@ def sample(args, s, image_shape, theta_of, n, show=True):
         theta, short = subchain(in_bfloat16(theta_of(first, last), args), s, steps)
         noise = torch.randn(last - first, *image_shape, device=s.beta.device)
         chain = SAMPLERS[args.sampler](theta, short, noise, clip=args.clip, **options)
-        bar = tqdm(chain, f"sampling, {last} of {n}", steps, leave=False, disable=not show)
-        for i, x, x0_hat in bar:
+        for i, x, x0_hat in tqdm(chain, f"sampling, {last} of {n}", steps, leave=False):
             if first == 0 and i in kept:
                 frames[round(i * s.T / steps)] = to_uint8(x[:16]).cpu(), to_uint8(x0_hat[:16]).cpu()
         images.append(to_uint8(x))
@@ -1002,42 +988,41 @@ def table_of(rows):
     return grid.permute(1, 2, 0).numpy()
 
 def draw_table(path, rows, columns=()):
-    """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top"""
+    """Save a table of images.  rows: [(label, uint8 (n, C, H, W))];  columns: the labels on top
+    -> matplotlib's picture of the table"""
     table, n = table_of(rows), len(rows[0][1])
     H, W = table.shape[0] / len(rows), table.shape[1] / n
-    figure = Figure((1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(table, interpolation="nearest")
-    ax.set_xticks([(i + 0.5) * W for i in range(len(columns))], columns)
-    ax.set_yticks([(i + 0.5) * H for i in range(len(rows))], [label for label, _ in rows])
+    size = 1.2 + 0.7 * n, 0.4 + 0.7 * len(rows) * H / W
+    ax = Figure(size, layout="constrained").subplots()
+    picture = ax.imshow(table, interpolation="nearest")
+    ax.set_xticks((np.arange(len(columns)) + 0.5) * W, columns)
+    ax.set_yticks((np.arange(len(rows)) + 0.5) * H, [label for label, _ in rows])
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
-    return figure
+    ax.figure.savefig(path, dpi=100)
+    return picture
 
 def draw_curve(path, x, y, xlabel, ylabel, yscale="linear"):
-    """Save a curve.  -> figure"""
-    figure = Figure((6, 4), layout="constrained")
-    ax = figure.subplots()
+    """Save a curve."""
+    ax = Figure((6, 4), layout="constrained").subplots()
     ax.plot(x, y)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
-    figure.savefig(path, dpi=100)
-    return figure
+    ax.figure.savefig(path, dpi=100)
 
 def draw_loss(path, losses):
-    """Save the curve of the loss: the mean of each hundredth of the run.  -> figure"""
+    """Save the curve of the loss: the mean of each hundredth of the run."""
     means = [part.mean().item() for part in losses.chunk(100)]
     steps = np.linspace(0, len(losses), len(means) + 1)[1:]
-    return draw_curve(path, steps, means, "step", "loss", "log")
+    draw_curve(path, steps, means, "step", "loss", "log")
 
-def draw_samples(out, samples, frames, real):
-    """samples.png (real images, if there are any, on top) and progressive.png."""
+def draw_samples(out, samples, frames, data):
+    """samples.png (real images on top, if data are there) and progressive.png."""
     n = min(16, len(samples))
     rows = [("samples", row) for row in samples[:4 * n].split(n) if len(row) == n]
-    if real is not None:
-        rows.insert(0, ("real", real[torch.arange(n) % len(real)]))
+    if data is not None:
+        rows.insert(0, ("real", data.images[torch.arange(n) % len(data.images)]))
     draw_table(out / "samples.png", rows)
-    times = sorted(frames, reverse=True)[::2]
+    times = list(frames)[::2]
     rows = []
     for k in range(min(3, n)):
         rows.append(("x_t", torch.stack([frames[t][0][k] for t in times])))
@@ -1137,7 +1122,7 @@ PRESETS = {  # each data set's own, and more for --preset
 }
 QUICK = dict(channels=16, blocks=1, steps=30, num_samples=100, sampling_steps=10)
 SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # of images that are not scaled
-DATASETS = [*SIZES, "cars"]  # others are folders
+
 UNSET = dict(  # flags that are of one call, as they are when they are not typed
     out=None, resume=None, checkpoint=None, evaluate=False, experiments=False, quick=False,
     t_max=None, classes=None)
@@ -1211,25 +1196,20 @@ def read_flags(p, argv, **own_defaults):
 
     p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
-    argv = sys.argv[1:] if argv is None else argv
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
-    defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device()}
-    defaults |= own_defaults
+    defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device(),
+                **own_defaults}
     if "checkpoint" in typed or "resume" in typed:
         defaults |= settings_of(typed)
     else:
         defaults |= preset_of(typed)
-    defaults["sampling_steps"] = min(defaults["sampling_steps"], typed.get("T", defaults["T"]))
     p.set_defaults(**defaults)
     args = p.parse_args(argv, argparse.Namespace(**UNSET))
 
     sizes = [args.image_size // 2 ** level for level in range(len(args.multipliers))]
     if "attention" not in typed:
         args.attention = [size for size in args.attention if size in sizes]
-    if args.sampling_steps > args.T:
-        fail(f"--sampling-steps {args.sampling_steps}: there are only {args.T} steps")
-    if args.batch % WORLD:
-        fail(f"--batch {args.batch} cannot be shared evenly by {WORLD} processes")
+    args.sampling_steps = min(args.sampling_steps, args.T)
     try:
         with torch.device("meta"):  # do the sizes fit each other? this network takes no memory
             UNet((3, args.image_size, args.image_size), args.channels, args.multipliers,
@@ -1249,13 +1229,10 @@ def default_device():
 def preset_of(typed):
     """The settings of a new run: those of --preset, else those of its data set."""
     dataset = typed.get("dataset", "digits")
-    built_in = dataset in DATASETS
-    if not built_in and not Path(dataset).is_dir():
-        fail(f"--dataset {dataset}: no such folder, and not digits, mnist, cifar10 or cars")
     if dataset in SIZES and "image_size" in typed:
         fail(f"--image-size: {dataset} has images of {SIZES[dataset]} pixels, and keeps them")
-    preset = typed.get("preset", dataset if built_in else "folder")
-    defaults = PRESETS[preset] | {"image_size": SIZES.get(dataset, 64)}
+    own_preset = dataset if dataset in (*SIZES, "cars") else "folder"
+    defaults = PRESETS[typed.get("preset", own_preset)] | {"image_size": SIZES.get(dataset, 64)}
     if "quick" in typed:
         defaults |= QUICK | {"image_size": SIZES.get(dataset, 32)}
     return defaults
@@ -1273,25 +1250,28 @@ def settings_of(typed):
         if typed[name] != config.get(name):
             flag = name.replace("_", "-")
             fail(f"--{flag} {typed[name]}: {path} was trained with {config.get(name)}")
-    if "resume" in typed and not run.get("net"):
-        fail(f"{path} holds weights to draw from (--checkpoint), not a training to go on with")
     if "checkpoint" in typed and "evaluate" not in typed:
         config["num_samples"] = 64
-    return {name: value for name, value in config.items() if name not in OF_A_CALL}
+    return config
 
 # ------------------------------------------------------------------------------------------ main
 
-LINES = """
-loss                    {loss:.4f}
-Fréchet distance        {frechet:.2f} (real images: {frechet_floor:.2f})
-clearly of a class      {confident_share:.1%} (real images: {confident_share_real:.1%})
-rarest class            {rarest_class_share:.1%} of the samples
-bound                   {bits_per_dim:.2f} bits/dim (histograms: {bits_per_dim_histogram:.2f})
-rate, distortion        {bits_per_dim_rate:.2f} bits/dim, {rmse_at_rate:.2f} of 255
-inpainting, RMSE        {inpainting_rmse:.1f} of 255
-inpainting, recognised  {inpainting_kept:.1%}
-training                {seconds_train:.0f} s
-sampling                {seconds_sample:.0f} s"""
+LINES = {  # a number of metrics.json -> the line that is printed if a run has it
+    "loss": "loss                    {loss:.4f}",
+    "frechet": "Fréchet distance        {frechet:.2f} (real images: {frechet_floor:.2f})",
+    "confident_share":
+        "clearly of a class      {confident_share:.1%} (real images: {confident_share_real:.1%})",
+    "rarest_class_share": "rarest class            {rarest_class_share:.1%} of the samples",
+    "bits_per_dim":
+        "bound                   {bits_per_dim:.2f} bits/dim (histograms:"
+        " {bits_per_dim_histogram:.2f})",
+    "rmse_at_rate":
+        "rate, distortion        {bits_per_dim_rate:.2f} bits/dim, {rmse_at_rate:.2f} of 255",
+    "inpainting_rmse": "inpainting, RMSE        {inpainting_rmse:.1f} of 255",
+    "inpainting_kept": "inpainting, recognised  {inpainting_kept:.1%}",
+    "seconds_train":
+        "training                {seconds_train:.0f} s, {params:,} parameters",
+    "seconds_sample": "sampling                {seconds_sample:.0f} s"}
 
 def open_run(args):
     """The data, or None where drawing needs none; and the run, new or from its checkpoint."""
@@ -1323,17 +1303,12 @@ def open_folder(args, run, data):
     if RANK > 0:  # only the first of torchrun's processes writes
         return Path(name)
     args.out = args.resume or str(claim_folder(args.out, name))
-    shape = "x".join(str(n) for n in run["image_shape"])
-    params = sum(weight.numel() for weight in run["ema"].values()) / 1e6
-    print(f"{args.dataset}, {shape}, {params:.2f} M parameters, on {args.device}; results in"
-          f" {args.out}", flush=True)
+    print(f"{args.dataset}, {run['image_shape']}, on {args.device}; results in {args.out}")
     if data is not None:
-        counts = data.labels.bincount(minlength=len(data.names)).tolist()
-        classes = [f"{name} {n}" for name, n in zip(data.names, counts)]
-        print(f"{len(data.images)} images, by class: {', '.join(classes[:15])}", flush=True)
+        print(f"{len(data.images)} images of the classes {', '.join(data.names[:15])}", flush=True)
     return Path(args.out)
 
-def finish(args, run, measured, lines):
+def finish(args, run, measured):
     """Write metrics.json, print the numbers and what to type next. The last line names the picture.
 
     This comes before any picture is drawn, so that no number is lost if one fails."""
@@ -1346,13 +1321,9 @@ def finish(args, run, measured, lines):
     metrics["config"] = {name: value for name, value in vars(args).items() if value is not None}
     text = json.dumps(metrics, indent=1, ensure_ascii=False)
     Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
-    for line in lines.strip().splitlines():
-        try:
+    for name, line in LINES.items():
+        if name in metrics:
             print(line.format(**metrics))
-        except KeyError:  # a number that this run does not have
-            continue
-    if args.quick:
-        print("--quick trains for seconds only: its samples are still noise")
     if not args.checkpoint:
         print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
         print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")
@@ -1361,22 +1332,20 @@ def finish(args, run, measured, lines):
 
 def run_from_shell():
     """main(get_args()), with one line and exit status 2 for what a user can cause."""
-    args = get_args()
+    args = get_args(sys.argv[1:])
     try:
         main(args)
     except KeyboardInterrupt:
-        if args.checkpoint or not Path(args.out or "", "checkpoint.pt").is_file():
-            fail("stopped by Ctrl-C. There is no checkpoint: the first is written after a minute")
-        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
-             f" the last checkpoint: python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
-    except OSError as e:  # no space left, no permission
+        fail("stopped by Ctrl-C. A training is saved each minute, and goes on from the last save"
+             " with --resume FOLDER")
+    except OSError as e:  # no space left, no permission; the last checkpoint is as it was
         fail(e)
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU's memory is full: take a smaller --batch (now {args.batch}), --channels"
              f" ({args.channels}) or --image-size ({args.image_size})")
 
-def get_args(argv=None):
-    """The flags of this script.  argv: a list of words; None takes those of the command line"""
+def get_args(argv):
+    """The flags of this script.  argv: a list of words"""
     p = argparse.ArgumentParser(
         description="Train a diffusion model on images and draw from it (Ho, Jain & Abbeel 2020).",
         epilog="examples:\n  python ddpm_ho_2020.py --dataset mnist\n"
@@ -1398,35 +1367,36 @@ def get_args(argv=None):
     args.clip = args.predict != "mu"  # a network that says μ_θ has no x̂_0 to clip
     return args
 
-def loss_of(args):
-    """The loss that --predict and --loss name."""
+def train_network(args, run, data, path):
+    """Train ε_θ, or go on with it, and save it to path."""
+    s = make_schedule(args.schedule, args.T).to(args.device)
+    loss = {"eps": l_simple, "x0": l_x0, "mu": l_mu}[args.predict]
     if args.loss == "bound":
-        return partial(l_bound, predict=args.predict, variance=args.variance)
-    return {"eps": l_simple, "x0": l_x0, "mu": l_mu}[args.predict]
+        loss = partial(l_bound, predict=args.predict, variance=args.variance)
+    loss = in_bfloat16(loss, args)
+
+    def one_step(net, ema, opt, x0, y, step):
+        return train_step(net, ema, opt, s, x0, step, loss, args.ema)
+
+    def look(ema):
+        eps_theta = as_eps_theta(ema, s, args.predict)
+        return sample(args, s, run["image_shape"], lambda first, last: eps_theta, 16)[0]
+
+    train(args, run, make_network, data, path, one_step, look)
 
 def main(args):
-    """Train (or load), sample, compare, draw; all of it goes into a new folder.  -> the numbers"""
+    """Train, unless there is a checkpoint; then draw from it and compare.  -> the numbers"""
     data, run = open_run(args)
-    shape = run["image_shape"]
-    if args.checkpoint:
-        eps_theta, s, _, _ = load(args.checkpoint, args.device)
-    else:
-        torch.manual_seed(args.seed)
-        net, ema, opt = start(args, make_network(vars(args), shape, data.names), run)
-        s = make_schedule(args.schedule, args.T).to(args.device)
-        eps_theta = as_eps_theta(ema, s, args.predict)
     out = open_folder(args, run, data)
-
     if not args.checkpoint:
-        loss = in_bfloat16(loss_of(args), args)
-        def one_step(model, x0, y, step):
-            return train_step(model, ema, opt, s, x0, step, loss, args.ema)
-        def look():
-            return sample(args, s, shape, lambda first, last: eps_theta, 16, show=False)[0]
-        train(args, run, net, ema, opt, data, out / "checkpoint.pt", one_step, look)
-        leave_torchrun()
+        train_network(args, run, data, out / "checkpoint.pt")
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
+        if RANK > 0:  # the first of torchrun's processes draws alone
+            sys.exit()
         draw_loss(out / "loss.png", run["losses"])
 
+    eps_theta, s, shape, _ = load(args.checkpoint or out / "checkpoint.pt", args.device)
     began = time.monotonic()
     samples, frames = sample(args, s, shape, lambda first, last: eps_theta, args.num_samples)
     metrics, judge = {"seconds_sample": time.monotonic() - began}, None
@@ -1441,12 +1411,11 @@ def main(args):
     if args.experiments:
         metrics |= likelihood(args, eps_theta, s, data, out)
         metrics |= inpainting(args, eps_theta, s, judge, data, out)
-    metrics = finish(args, run, metrics, LINES)
+        interpolation(args, eps_theta, s, data, out)
+    metrics = finish(args, run, metrics)
     arrays = samples.permute(0, 2, 3, 1).cpu().numpy()  # N, H, W, C, as tools for FID read it
     np.savez_compressed(out / "samples.npz", arrays)
-    draw_samples(out, samples, frames, None if data is None else data.images)
-    if args.experiments:
-        interpolation(args, eps_theta, s, data, out)
+    draw_samples(out, samples, frames, data)
     return metrics
 
 if __name__ == "__main__":
