@@ -716,6 +716,8 @@ def list_folder(folder):
     lies below it; images that lie in no such folder are a class named after the folder itself.
     Hidden files, links to folders and folders named "runs" are left out.
     -> [(path, class, None)]"""
+    if not Path(folder).is_dir():
+        fail(f"--dataset {folder}: no such folder, and not digits, mnist, cifar10 or cars")
     listing = []
     for path in Path(folder).rglob("*"):
         parts = path.relative_to(folder).parts
@@ -784,8 +786,7 @@ def read_images(listing, size):
     pairs = thread_map(attempt, listing, desc="reading images", disable=RANK > 0)
     found = [pair for pair in pairs if pair is not None]
     if len(found) < 2:
-        fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed;"
-             " --dataset is digits, mnist, cifar10, cars, or the path of a folder of images")
+        fail(f"only {len(found)} of {len(listing)} images can be read, and at least 2 are needed")
     names = sorted({name for _, name in found}, key=natural)
     x = torch.tensor(np.stack([image for image, _ in found]))
     y = torch.tensor([names.index(name) for _, name in found])
@@ -962,14 +963,15 @@ def train(args, run, make, data, path, one_step, look=None):
         net.load_state_dict(run["net"])
         ema.load_state_dict(run["ema"])
         opt.load_state_dict(run["optimizer"])
+    millions = sum(weight.numel() for weight in net.parameters()) / 1e6
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device, warmup = data.images.device, min(args.warmup, max(1, args.steps // 10))
     losses = torch.zeros(args.steps, device=device)
     losses[:run["step"]] = run["losses"]
     milestones = {max(1, args.steps // 2 ** i) for i in range(6)}
     began, saved, before = time.monotonic(), time.monotonic(), run["seconds"]
-    bar = tqdm(range(run["step"] + 1, args.steps + 1), "training", args.steps, initial=run["step"],
-               disable=RANK > 0)
+    bar = tqdm(range(run["step"] + 1, args.steps + 1), f"training {millions:.2f} M parameters",
+               args.steps, initial=run["step"], disable=RANK > 0)
     for step in bar:
         torch.manual_seed(10 ** 9 * args.seed + WORLD * step + RANK)
         fall = 1 - (step - 1) / args.steps if args.decay_lr else 1
@@ -1212,6 +1214,7 @@ def read_flags(p, argv, **own_defaults):
 
     p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
+    argv = sys.argv[1:] if argv is None else argv
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
     defaults = {"seed": 0, "dataset": "digits", "data_dir": "data", "device": default_device(),
                 **own_defaults}
@@ -1219,13 +1222,17 @@ def read_flags(p, argv, **own_defaults):
         defaults |= settings_of(typed)
     else:
         defaults |= preset_of(typed)
+    defaults["sampling_steps"] = min(defaults["sampling_steps"], typed.get("T", defaults["T"]))
     p.set_defaults(**defaults)
     args = p.parse_args(argv, argparse.Namespace(**UNSET))
 
     sizes = [args.image_size // 2 ** level for level in range(len(args.multipliers))]
     if "attention" not in typed:
         args.attention = [size for size in args.attention if size in sizes]
-    args.sampling_steps = min(args.sampling_steps, args.T)
+    if args.sampling_steps > args.T:
+        fail(f"--sampling-steps {args.sampling_steps}: there are only {args.T} steps")
+    if args.batch % WORLD:
+        fail(f"--batch {args.batch} cannot be shared evenly by {WORLD} processes")
     try:
         with torch.device("meta"):  # do the sizes fit each other? this network takes no memory
             UNet((3, args.image_size, args.image_size), args.channels, args.multipliers,
@@ -1321,9 +1328,13 @@ def finish(args, run, measured):
     metrics["config"] = {name: value for name, value in vars(args).items() if value is not None}
     text = json.dumps(metrics, indent=1, ensure_ascii=False)
     Path(args.out, "metrics.json").write_text(text, encoding="utf-8")
-    for name, line in LINES.items():
-        if name in metrics:
+    for line in LINES.strip().splitlines():
+        try:
             print(line.format(**metrics))
+        except KeyError:  # a number that this run does not have
+            continue
+    if args.quick:
+        print("--quick trains for seconds only: its samples are still noise")
     if not args.checkpoint:
         print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
         print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")
@@ -1332,26 +1343,28 @@ def finish(args, run, measured):
 
 def run_from_shell():
     """main(get_args()), with one line and exit status 2 for what a user can cause."""
-    args = get_args(sys.argv[1:])
+    args = get_args()
     try:
         main(args)
     except KeyboardInterrupt:
-        fail("stopped by Ctrl-C. A training is saved each minute, and goes on from the last save"
-             " with --resume FOLDER")
-    except OSError as e:  # no space left, no permission; the last checkpoint is as it was
-        fail(e)
+        if not Path(args.out or "", "checkpoint.pt").is_file():
+            fail("stopped by Ctrl-C. There is no checkpoint: the first is written after a minute")
+        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
+             f" the last checkpoint: python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
+    except OSError as e:  # no space left, no permission
+        fail(f"{e}. What was saved before is as it was")
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU's memory is full: take a smaller --batch (now {args.batch}), --channels"
              f" ({args.channels}) or --image-size ({args.image_size})")
 
 # Not copied: the flags of guidance, and the run.
-LINES = {  # a number of metrics.json -> the line that is printed if a run has it
-    "frechet_floor": "real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}",
-    "loss": "loss {loss:.4f}, training {seconds_train:.0f} s, {params:,} parameters"}
+LINES = """
+real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}
+loss {loss:.4f}, training {seconds_train:.0f} s"""
 ROW = "{kind:<12}{w:>7g}{frechet:>19.2f}{label_accuracy:>17.1%}{classifier_score:>19.2f}"
 
-def get_args(argv):
-    """The flags of this script.  argv: a list of words"""
+def get_args(argv=None):
+    """The flags of this script.  argv: a list of words; None takes those of the command line"""
     p = argparse.ArgumentParser(
         description="Train a class-conditional diffusion model and guide it (Ho & Salimans 2022).",
         epilog="examples:\n  python ddpm_conditional_cfg.py --dataset mnist\n"
