@@ -874,13 +874,13 @@ def load_checkpoint(path):
     """What save has written. Ends the run if it is missing, damaged or another script's."""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script = run["script"]
+        script, schedule = run["script"], run["config"]["schedule"]
     except FileNotFoundError:
         fail(f"{path}: there is no such file")
     except Exception as e:  # the bytes of a damaged file can lead anywhere
         fail(f"{path} is damaged, or no checkpoint of {SCRIPT}.py ({type(e).__name__})")
-    if script != SCRIPT:
-        fail(f"{path} is a checkpoint of {script}.py")
+    if script != SCRIPT or schedule not in SCHEDULES:
+        fail(f"{path} is a checkpoint of {script}.py with the schedule {schedule}")
     return run
 
 # Not copied: the networks.
