@@ -495,16 +495,13 @@ class UNet(nn.Module):
     lost. Attention follows every block of the levels whose size (shorter side) is named, and stands
     once in the middle, always. timed=False makes a network that is not told t.
 
-    This is the way of an image through `--dataset mnist`'s network, UNet((1, 28, 28), 16,
-    (1, 2, 4), 1, (7,)), as channels x height x width. The arrows to the right are the skips.
+    UNet((1, 28, 28), 16, (1, 2, 4), 1, (7,)), which `--dataset mnist` trains, has these channels.
+    An image goes down on the left, through the middle and up on the right. The skips are dashed.
 
-      x_t 1x28x28 -> 16x28x28 - - - - - - - - - - - -> 16x28x28 -> ε̂ 1x28x28
-                        v                                  ^
-                     32x14x14 - - - - - - - - - - - -> 32x14x14
-                        v                                  ^
-                      64x7x7  - - - - - - - - - - - ->  64x7x7   (the two with attention)
-                        v                                  ^
-                        `------> the middle, 64x7x7 -------'
+      28x28    x_t 1 -> 16 - - - - - - - -> 16 -> 1 ε̂
+      14x14             32 - - - - - - - -> 32
+      7x7               64 - - - - - - - -> 64   with attention
+      middle            `-----> 64 -------->|    with attention
 
     ValueError if a side cannot be halved so often, if attention names a size that no level has, or
     if channels is not a multiple of 4."""
@@ -1390,7 +1387,7 @@ def get_args(argv=None):
     if not 0 <= args.p_uncond <= 1:
         fail(f"--p-uncond {args.p_uncond} is a share, from 0 to 1")
     if args.p_uncond in (0, 1):  # guidance needs both models: with one of them, draw from that one
-        args.guidance, args.w = ["free"], [-args.p_uncond]
+        args.guidance, args.w = ["free"], [0 - args.p_uncond]
     return args
 
 def labels_to_draw(args, names):

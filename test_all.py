@@ -5,10 +5,8 @@
 What asserts exactness runs on the CPU, whatever else there is. On a GPU there are more runs."""
 import argparse
 import ast
-import contextlib
 import copy
 import inspect
-import io
 import itertools
 import json
 import math
@@ -16,7 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 from functools import cache, partial
@@ -25,14 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy.io import savemat
 from torch import nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ddpm_conditional_cfg as cfg
 import ddpm_ho_2020 as ddpm
@@ -107,18 +101,14 @@ def test_posterior_is_bayes():
     product = (p1 * xt / (1 - beta).sqrt() + p2 * ab_prev.sqrt() * x0) / (p1 + p2)
     assert beta_tilde.allclose(1 / (p1 + p2)) and mu_tilde[1:].allclose(product[1:])
     assert mu_tilde[0].allclose(x0[0], atol=1e-12) and beta_tilde[0] == 0
-    a, b = s.posterior_coefficients(xt, t)  # the two factors of Eq. (7)
-    assert a.shape == b.shape == (20, 1) and mu_tilde.allclose(a * x0 + b * xt, rtol=1e-12)
 
 def test_the_usual_off_by_one_ends_at_the_image():
     """A loop over T-1..0 instead of T..1 is wrong, but its last step returns x_0, not x_0 / 2."""
-    s, x0, x = make_schedule("linear", 20), randn(4, 3).tanh(), randn(4, 3, seed=1)
-    for t in reversed(range(20)):
-        mu_tilde, beta_tilde = s.q_posterior(x0, x, t)
-        x = mu_tilde + beta_tilde.sqrt() * randn(4, 3, seed=t)
-    assert torch.equal(x, x0)
-    mu_theta, sigma2, _ = ddpm.p_theta(lambda x, t: 9 * x, s, x, torch.zeros(4).long())
-    assert torch.equal(mu_theta, x) and (sigma2 == 0).all()
+    s, (x0, x) = make_schedule("linear", 20), randn(2, 4, 3).tanh()
+    mu_tilde, beta_tilde = s.q_posterior(x0, x, 0)
+    assert torch.equal(mu_tilde, x0) and beta_tilde == 0
+    mu_theta, sigma2, _ = ddpm.p_theta(lambda x, t: 9 * x, s, x0, torch.zeros(4).long())
+    assert torch.equal(mu_theta, x0) and (sigma2 == 0).all()
 
 @pytest.mark.parametrize("make, message", [
     (lambda: Schedule([0.1, 0.2]), "beta"), (lambda: Schedule([0, 0.5, 1]), "between 0 and 1"),
@@ -147,28 +137,18 @@ def test_readable_share():
     assert schedules.readable_share(s, 13, x, x[:, 0].long(), eps) == 1
     assert schedules.readable_share(s, 13, x, x[:, 0].long(), eps + 3) < 0.8
 
-def test_first_practical(monkeypatch, tmp_path):
+def test_first_practical_with_a_schedule_of_ones_own(monkeypatch):
+    """The README's example, pasted into schedules.py, is a schedule of that name."""
     few = {name: SCHEDULES[name] for name in ("constant", "cosine")}
     monkeypatch.setattr(schedules, "SCHEDULES", few)
-    @schedules.register
-    def mine(T):
-        return schedules.beta_of_alpha_bar((1 - schedules.time_from_0_to_1(T)) ** 3)
-    out = tmp_path / "new"
-    m = schedules.main(schedules.get_args(["--T=20", f"--out={out}"]))
+    exec(re.search(r"```python\n(@register\n.*?)```", README, re.S)[1], vars(schedules).copy())
+    expected = (1 - torch.arange(10) / 10) ** 3
+    assert make_schedule("cubic", 10).alpha_bar[:10].float().allclose(expected)
+    m = run(schedules, "--T=20 --out=new")
     assert 0 < m["constant"]["structure_share"] < m["cosine"]["structure_share"] <= 1
-    names = sorted(path.name for path in out.iterdir())
-    assert names == ["destruction.png", "metrics.json", "schedules.png"]
-    saved = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    assert saved == {"config": {"T": 20, "seed": 0, "out": str(out)}, **m} and "mine" in m
-
-@pytest.mark.parametrize("flag", [
-    "--T=1", "--T=x", "--seed=-1", "--out=", f"--out={__file__}"])
-def test_schedules_flags(flag, capsys):
-    """A user's mistake ends in one line that names the flag, and exit status 2."""
-    with pytest.raises(SystemExit) as e:
-        schedules.main(schedules.get_args([flag]))
-    assert e.value.code == 2
-    assert re.fullmatch(f"error: .*{flag.partition('=')[0]}.*\n", capsys.readouterr().err)
+    assert files("new") == {"destruction.png", "metrics.json", "schedules.png"}
+    saved = json.loads(Path("new/metrics.json").read_text(encoding="utf-8"))
+    assert saved == {"config": {"T": 20, "seed": 0, "out": "new"}, **m} and "cubic" in m
 
 # ------------------------------------------------------------ ddpm_ho_2020.py: loss and samplers
 
@@ -214,8 +194,6 @@ def test_ddpm_samples_are_distributed_as_q(name):
         assert xt.var(0).allclose(1 - s.beta[1] * (t == 0), atol=0.03)  # no noise in the last step
         assert yt.var(0).allclose(1 - s.alpha_bar[t], rtol=0.04, atol=1e-12)
     assert all((p[-1][1] - m).abs().max() < 1e-9 for p in (point, path("beta", m, 0)))
-    if name == "linear":  # the lower bound of the two variances is too small for N(0, I)
-        assert path("beta_tilde", 0, 1)[-1][1].var() < 0.9
 
 @pytest.mark.parametrize("size", [1, 3])  # of which the second is clipped
 @pytest.mark.parametrize("steps", [1, 7, 50])
@@ -243,7 +221,6 @@ def test_subchain(name, steps):
     assert short.T == steps
     assert grid.tolist() == [round(i * 50 / steps) for i in range(steps + 1)]
     assert short.alpha_bar.allclose(s.alpha_bar[grid], rtol=1e-3, atol=1e-12)
-    assert steps < 50 or short.beta.allclose(s.beta)
     seen_t, short = ddpm.subchain(lambda x, t: t, s, 4, last=40)
     assert seen_t(None, torch.arange(5)).tolist() == [0, 10, 20, 30, 40]
     assert short.alpha_bar[-1].item() == pytest.approx(s.alpha_bar[40].item())
@@ -307,15 +284,15 @@ def test_layers_of_the_network():
     assert torch.equal(block(h, torch.randn(2, 256)), h)  # a new block, attention and all
     assert block.attention.qkv.weight.var().item() == pytest.approx(1 / 64, rel=0.1)
     with torch.device("meta"):
-        paper = ddpm.UNet((3, 32, 32))
-    assert sum(p.numel() for p in paper.parameters()) == 35_746_307  # the authors' 35.7 M
+        nets = ddpm.UNet((3, 32, 32)), ddpm.make_network(ddpm.PRESETS["paper"], (3, 32, 32), None)
+    for net in nets:
+        assert sum(p.numel() for p in net.parameters()) == 35_746_307  # the authors' 35.7 M
 
 def test_time_embedding():
     t = torch.randperm(1000) + 1
     e = ddpm.time_embedding(t, 32)
     assert e.shape == (1000, 32) and len(e.unique(dim=0)) == 1000
     assert e[:, 0].allclose(t.sin(), atol=1e-5) and e[:, 31].allclose((t * 1e-4).cos(), atol=1e-5)
-    assert e.std(0).min() > 1e-3  # no channel is constant
 
 def test_conditional_network_and_noisy_classifier():
     """The U-Net moved by labels, and its way down with a linear layer."""
@@ -375,8 +352,6 @@ def test_langevin_on_an_exact_gaussian_score():
     for t, x, _ in ddpm.langevin_sample(exact_eps(s, 0.3, 0), s, randn(4000, 1)):
         noise = (x / s.alpha_bar[t + 1].sqrt() - 0.3).std() * s.snr[t + 1].sqrt()
         assert t == 0 or t > 290 or 1 < noise < 1.1  # steps of a finite size add a little
-    _, x, _ = next(ddpm.langevin_sample(exact, s, randn(4, 1), repeats=0))
-    assert t == 0 and torch.equal(x, randn(4, 1))
     s = make_schedule("cosine", 300)
     def network(x, t):  # like one, it cannot bring back an x that has run far away
         return exact_eps(s, 0.3, 0.04)(x, t).clamp(-3, 3)
@@ -392,11 +367,6 @@ def test_discrete_decoder():
         assert log_p.exp().sum() == pytest.approx(1, abs=1e-6)
     density = Normal(mean, sigma).log_prob(levels) + math.log(2 / 255)
     assert log_p[1:-1].allclose(density[1:-1], atol=1e-5)
-
-def test_gaussian_kl():
-    (m1, m2), (v1, v2) = randn(2, 9), randn(2, 9, seed=1).exp()
-    expected = kl_divergence(Normal(m1, v1.sqrt()), Normal(m2, v2.sqrt()))
-    assert ddpm.gaussian_kl(m1, v1, m2, v2).allclose(expected, rtol=1e-10)
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_bits_per_dim_of_a_known_model(variance):
@@ -439,8 +409,6 @@ def test_l_is_the_mean_of_its_terms(predict):
     theta = ddpm.as_eps_theta(net, s, predict)
     terms, _ = ddpm.bound_term(theta, s, x0, t, eps, "beta_tilde", clip=False)
     assert ddpm.l_bound(net, s, x0, t, eps, predict, "beta_tilde") == terms.mean()
-    mu_theta, _, _ = ddpm.p_theta(theta, s, x0, t, clip=False)
-    assert predict != "mu" or mu_theta.allclose(net(x0, t))
 
 def test_interpolation_ends_at_the_noised_endpoints():
     s, (a, b) = make_schedule("linear", 20), randn(2, 1, 1, 50, 50)
@@ -452,21 +420,18 @@ def test_interpolation_ends_at_the_noised_endpoints():
     assert [t for t, _, _ in ddpm.ddpm_sample(lambda x, t: x, s, x, start=3)] == [2, 1, 0]
 
 def test_inpainting_of_an_exact_gaussian():
-    """Two pixels of correlation ρ, of which the first is known: the other is N(ρ a, 1 - ρ²)."""
-    rho, a, known, means = 0.8, 1.5, torch.tensor([True, False]), {}
+    """Two pixels of correlation ρ, of which the first is known: the other is N(ρ a, 1 - ρ²). With
+    one draw at each t its mean would be 0.7, and not ρ a = 1.2."""
+    rho, a, known = 0.8, 1.5, torch.tensor([True, False])
     S, x0 = torch.tensor([[1, rho], [rho, 1]]).double(), torch.tensor([a, 0]).double()
+    s = make_schedule("linear", 50)
+    def eps_theta(x, t):  # -√(1 - ᾱ) ∇ log q(x_t)
+        ab = s.alpha_bar[t[0]]
+        return (1 - ab).sqrt() * x @ torch.linalg.inv(ab * S + (1 - ab) * torch.eye(2))
     torch.manual_seed(0)
-    for T, draws in ((50, 1), (200, 2), (25, 16), (50, 20)):
-        s = make_schedule("linear", T)
-        def eps_theta(x, t, s=s):  # -√(1 - ᾱ) ∇ log q(x_t)
-            ab = s.alpha_bar[t[0]]
-            return (1 - ab).sqrt() * x @ torch.linalg.inv(ab * S + (1 - ab) * torch.eye(2))
-        x = ddpm.last_image(ddpm.repaint_sample(eps_theta, s, randn(4000, 2), x0.expand(4000, 2),
-                                                known, clip=False, draws=draws))
-        means[T, draws] = x[:, 1].mean().item()
-        assert (x[:, 0] == a).all()
-    assert means[50, 20] == pytest.approx(rho * a, abs=0.08) and means[50, 1] < 0.8
-    assert means[25, 16] > means[200, 2] + 0.1  # in equal time larger steps adapt more
+    x = ddpm.last_image(ddpm.repaint_sample(eps_theta, s, randn(4000, 2), x0.expand(4000, 2),
+                                            known, clip=False, draws=20))
+    assert (x[:, 0] == a).all() and x[:, 1].mean() == pytest.approx(rho * a, abs=0.08)
     assert x[:, 1].var() == pytest.approx(1 - rho ** 2, rel=0.1)
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
@@ -488,14 +453,14 @@ def test_inpainting_where_all_or_nothing_is_known(variance):
         draws.append(next(sampler(watch, s, x, variance=variance))[1])
     assert torch.equal(*draws)
 
-@pytest.mark.parametrize("k, c", [(0, 0), (2, 1)])
-def test_frechet_distance(k, c):
+@pytest.mark.parametrize("scale", [0, 1])
+def test_frechet_distance(scale):
+    """Of x and M x, M positive: for Gaussians M x is the nearest of those distributed so."""
     a = randn(5000, 3) * torch.tensor([1, 2, 3]).double()
-    b = randn(4000, 3, seed=1) + torch.tensor([0, 0, 2]).double()
-    distance = ddpm.frechet_distance(a, b)  # |Δm|² + Σ (s_a - s_b)²
-    assert distance == pytest.approx(4 + 0 + 1 + 4, rel=0.05)
-    exact = (k * a.mean(0) + c).square().sum() + k ** 2 * a.var(0).sum()
-    assert ddpm.frechet_distance(a, a + k * a + c) == pytest.approx(exact.item(), abs=1e-6)
+    root = randn(3, 3, seed=1)
+    difference = scale * (a @ root @ root.T + 1)
+    exact = difference.mean(0).square().sum() + difference.var(0).sum()
+    assert ddpm.frechet_distance(a, a + difference) == pytest.approx(exact.item(), abs=1e-6)
 
 def test_pixels():
     x = torch.arange(256, dtype=torch.uint8)
@@ -551,7 +516,6 @@ def test_guidance_only_up_to_t_max(w):
 
 @every_prediction
 def test_labels_pass_through_subchain_and_prediction(predict):
-    """Guidance may be put on before the shorter chain and the other prediction, or after them."""
     s, x, y = make_schedule("linear", 100), randn(5, 2), torch.tensor([0, 1, 2, 0, 1])
     i, exact = torch.arange(1, 6), cfg.gaussians_eps_theta(s, MEANS, VARIANCE)
     def net(x, t, *y):
@@ -559,24 +523,10 @@ def test_labels_pass_through_subchain_and_prediction(predict):
             return exact(x, t, *y)
         x0_hat = cfg.predict_x0(s, x, t, exact(x, t, *y), clip=False)
         return x0_hat if predict == "x0" else s.q_posterior(x0_hat, x, t)[0]
-    guided_last, _ = cfg.subchain(cfg.as_eps_theta(net, s, predict), s, 5)
-    guided_last = cfg.guided(guided_last, y, 3, 2)
-    guided_first = cfg.as_eps_theta(cfg.guided(net, y, 3, 2), s, predict)
-    guided_first, _ = cfg.subchain(guided_first, s, 5)
+    theta, _ = cfg.subchain(cfg.as_eps_theta(net, s, predict), s, 5)
+    theta = cfg.guided(theta, y, 3, 2)
     expected = exact_guided(s, x, 20 * i, y, 2)
-    assert guided_last(x, i).allclose(expected) and guided_first(x, i).allclose(expected)
-
-def test_guided_samples_move_away_from_the_other_classes():
-    """Along the line from the middle of all classes (0) to the mean of class 0 (at 1)."""
-    s, y, middle = make_schedule("cosine", 50), torch.zeros(2000).long(), MEANS.mean(0)
-    exact, away = cfg.gaussians_eps_theta(s, MEANS, VARIANCE), MEANS[0] - middle
-    torch.manual_seed(0)
-    chains = [cfg.ddpm_sample(cfg.guided(exact, y, 3, w), s, randn(2000, 2), clip=False)
-              for w in (-1, 0, 2)]
-    places = torch.stack([(cfg.last_image(c) - middle) @ away / (away @ away) for c in chains])
-    means, spreads = places.mean(1), places.std(1)
-    assert abs(means[0]) < 0.1 and abs(means[1] - 1) < 0.1 and means[2] > 1.3
-    assert spreads[0] > spreads[1] > spreads[2]
+    assert theta(x, i).allclose(expected)
 
 def test_labels():
     """Each is dropped by itself."""
@@ -587,13 +537,11 @@ def test_labels():
     assert (cfg.drop_labels(y, 10, 1) == 10).all() and torch.equal(cfg.drop_labels(y, 10, 0), y)
 
 def test_class_scores_of_known_probabilities():
-    y, uniform = torch.arange(12) % 4, torch.full((12, 4), 0.25).log()
-    assert cfg.class_scores(uniform, y) == (pytest.approx(1), 0.25)
-    sure = (50.0 * F.one_hot(y)).log_softmax(1)
-    assert cfg.class_scores(sure, y) == (pytest.approx(4), 1)
-    score, accuracy = cfg.class_scores(torch.tensor([[0.8, 0.2], [0.2, 0.8]]).log(), torch.zeros(2))
-    assert math.log(score) == pytest.approx(0.8 * math.log(1.6) + 0.2 * math.log(0.4), rel=1e-5)
-    assert accuracy == 0.5
+    """exp E KL(p(y | x) || p(y)), where p(y), the mean, is 0.75 and 0.25."""
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
+    score, accuracy = cfg.class_scores(p.log(), torch.tensor([0, 1]))
+    kl = (p * (p / p.new_tensor([0.75, 0.25])).log()).sum() / 2
+    assert math.log(score) == pytest.approx(kl.item(), rel=1e-5) and accuracy == 0.5
 
 # ----------------------------- the first acts: pasted, on another device, in other precisions
 
@@ -611,14 +559,9 @@ def test_first_act_uses_no_name_of_the_second(script):
     done = subprocess.run(command, input=before_the_end(script), text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
-def test_what_is_in_both_first_acts_is_the_same():
-    of_ddpm, of_cfg = definitions(before_the_end(ddpm)), definitions(before_the_end(cfg))
-    common = of_ddpm.keys() & of_cfg.keys()
-    assert len(common) > 15 and [name for name in common if of_ddpm[name] != of_cfg[name]] == []
-
 def test_first_acts_and_examples_run_in_one_namespace():
-    names, examples = {"device": "cpu", "t": 1, "a": torch.zeros(1, 1, 28, 28)}, []
-    names["b"] = names["a"]
+    zeros, examples = torch.zeros(1, 1, 28, 28), []
+    names = {"device": "cpu", "t": 1, "a": zeros, "b": zeros}
     for script in (ddpm, cfg):
         exec(before_the_end(script), names)
     for script in (ddpm, cfg, schedules):
@@ -629,8 +572,44 @@ def test_first_acts_and_examples_run_in_one_namespace():
             names["ema"] = lambda x, t, *y: 0.1 * x  # faster than the examples' network
     assert sum(map(bool, examples)) >= 11 and len(names["rates"]) == 1001
     assert names["filled"].shape == (16, 1, 28, 28) and names["filled"].abs().max() <= 1
-    t = torch.full((16,), 9)
-    assert names["eps_hat"](names["filled"], t).shape == (16, 1, 28, 28)
+
+def first_act(script, s, x, y, net, classifier):
+    """Trains and samples with all that the first act has.  -> the tensors that come out"""
+    torch.manual_seed(0)
+    ema, opt, t = copy.deepcopy(net), torch.optim.SGD(net.parameters(), 0.0), torch.full_like(y, 2)
+    if script is ddpm:
+        losses = ddpm.l_simple, ddpm.l_x0, ddpm.l_mu, ddpm.l_bound
+        out = [ddpm.train_step(net, ema, opt, s, x, 1, loss) for loss in losses]
+        ddpm.rate_distortion(ema, s, x)
+        out.append(ddpm.interpolate(s, x[:1], x[1:2], 1, [0, 0.5]))
+        out.append(ddpm.score(ema, s, x, t).detach())
+        repaint = partial(ddpm.repaint_sample, x0=x, known=x[0, 0] > 0, draws=2)
+        samplers = ddpm.ddpm_sample, ddpm.ddim_sample, ddpm.langevin_sample, repaint
+        thetas = [ddpm.as_eps_theta(ema, s, predict) for predict in ("eps", "x0", "mu", "eps")]
+    else:
+        loss = cfg.l_classifier
+        out = [cfg.cfg_train_step(net, ema, opt, s, x, y, 1, 10),
+               cfg.cfg_train_step(classifier, classifier, opt, s, x, y, 1, 10, 0, loss)]
+        samplers = [cfg.ddpm_sample, cfg.ddim_sample] * 3
+        guided = partial(cfg.guided, ema, y, 10)
+        thetas = [guided(w=-1), guided(w=0), guided(w=2, t_max=1)]
+        guided = partial(cfg.classifier_guided, ema, classifier, s, y, 10, 2)
+        thetas += [guided(conditional=True), guided(conditional=False)]
+    for theta, sampler in zip(thetas, samplers):
+        out += [v for _, *tensors in sampler(theta, s, x) for v in tensors]
+    return out
+
+@both
+def test_first_act_on_another_device(script):
+    """All of these tensors are on the CPU. In the block, a tensor that is made without saying where
+    is on "meta": it has no numbers, and PyTorch refuses to compute with it and one of the CPU."""
+    s, x, y = make_schedule("linear", 2), torch.randn(4, 1, 8, 8), torch.arange(4)
+    net = network(ddpm.UNet if script is ddpm else cfg.ConditionalUNet)
+    classifier = network(cfg.NoisyClassifier)
+    with torch.device("meta"):
+        out = first_act(script, s, x, y, net, classifier)
+    for v in out:  # no gradient is kept, though nothing around the samplers says no_grad
+        assert v.device.type == "cpu" and v.dtype == torch.float32 and not v.requires_grad
 
 class Scale(nn.Module):
     """A network without matrices, for x (B, 10). It serves as the classifier too."""
@@ -641,58 +620,6 @@ class Scale(nn.Module):
     def forward(self, x, t, *y):
         return self.factor * x
 
-def first_act(script, s, x, y, net, classifier):
-    """Trains and samples with all that the first act has.  -> the tensors that come out"""
-    torch.manual_seed(0)
-    ema, opt, t = copy.deepcopy(net), torch.optim.SGD(net.parameters(), 0.0), torch.full_like(y, 2)
-    if script is ddpm:
-        losses = ddpm.l_simple, ddpm.l_x0, ddpm.l_mu, ddpm.l_bound
-        out = [ddpm.train_step(net, ema, opt, s, x, 1, loss) for loss in losses]
-        ddpm.rate_distortion(ema, s, x)
-        out += [ddpm.interpolate(s, x[:1], x[1:2], 1, [0, 0.5]), ddpm.score(ema, s, x, t).detach()]
-        repaint = partial(ddpm.repaint_sample, x0=x, known=x[0, 0] > 0, draws=2)
-        samplers = ddpm.ddpm_sample, ddpm.ddim_sample, ddpm.langevin_sample, repaint
-        thetas = [ddpm.as_eps_theta(ema, s, predict) for predict in ("eps", "x0", "mu", "eps")]
-    else:
-        out = [cfg.cfg_train_step(net, ema, opt, s, x, y, 1, 10),
-               cfg.cfg_train_step(classifier, classifier, opt, s, x, y, 1, 10, 0, cfg.l_classifier)]
-        samplers = [cfg.ddpm_sample, cfg.ddim_sample] * 3
-        thetas = [cfg.guided(ema, y, 10, w, t_max) for w, t_max in ((-1, None), (0, None), (2, 1))]
-        thetas += [cfg.classifier_guided(ema, classifier, s, y, 10, 2, c) for c in (True, False)]
-    for theta, sampler in zip(thetas, samplers):
-        theta, short = script.subchain(theta, s, 2)
-        out += [v for _, *tensors in sampler(theta, short, x) for v in tensors]
-    return out
-
-class OneDevice(TorchDispatchMode):
-    """Refuses what a GPU would: tensors of two devices in one operation, an index included."""
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        assert len({v.device.type for v in tensors if v.dim() > 0}) < 2, func
-        return func(*args, **kwargs or {})
-
-@both
-def test_first_act_on_another_device(script, monkeypatch):
-    """No CPU tensor meets those of the device. "meta" is one that every computer has: its tensors
-    have shapes, types and gradients but no numbers, so what asks for numbers is told some."""
-    s, x, y = make_schedule("linear", 2), torch.randn(4, 1, 8, 8), torch.arange(4)
-    short = copy.deepcopy(s)
-    def item(self):
-        assert not self.requires_grad
-        return 0.5
-    monkeypatch.setattr(torch.Tensor, "item", item)
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: False)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self)
-    monkeypatch.setattr(script, "Schedule", lambda beta: short)
-    net = network(ddpm.UNet if script is ddpm else cfg.ConditionalUNet).to("meta")
-    with OneDevice():
-        out = first_act(script, s.to("meta"), x.to("meta"), y.to("meta"), net,
-                        network(cfg.NoisyClassifier).to("meta"))
-        with pytest.raises(AssertionError):
-            out[-1][torch.arange(2)]
-    for v in out:  # no gradient is kept, though nothing around the samplers says no_grad
-        assert v.device.type == "meta" and v.dtype == torch.float32 and not v.requires_grad
-
 @both
 def test_autocast_reaches_the_network_alone(script):
     """With networks that have nothing to be cast, all else is the same in bfloat16, bit for bit."""
@@ -700,6 +627,13 @@ def test_autocast_reaches_the_network_alone(script):
     expected = first_act(script, s, x, y, Scale(), Scale())
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(first_act(script, s, x, y, Scale(), Scale()), expected, rtol=0, atol=0)
+
+def test_subchain_on_another_device(monkeypatch):
+    """Its β are computed on the CPU, from the numbers that cpu() gives."""
+    s, i = make_schedule("linear", 2).to("meta"), torch.ones(4, dtype=torch.long, device="meta")
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.tensor([1, 0.5, 0.1]))
+    theta, short = ddpm.subchain(lambda x, t: t, s, 2)
+    assert theta(None, i).device == short.beta.device == i.device
 
 # ---------------------------------------------------------------------- sohl_dickstein_2015.py
 
@@ -727,7 +661,6 @@ def test_K_of_an_isotropic_gaussian_is_its_log_likelihood(name):
         mu, sigma2 = s.q_posterior(x0, xt, t)
         delta = ((m - mu) ** 2 / sigma2).sum(1)
         assert (2 * math.log(2) * kl).allclose((D + delta) / M - D + D * M.log(), atol=1e-9)
-        assert agree(kl, D * M.log2() / 2)
         K -= D * M.log2() / 2
     L_null = -D / 2 * math.log2(2 * math.pi * math.e)
     assert (K + entropies).tolist() == pytest.approx([L_null] * len(x0), rel=1e-9)
@@ -797,13 +730,10 @@ def test_evaluate_is_a_bound():
     for beta, least in ((sohl.start_beta("learned", 200), -0.2), (SCHEDULES["cosine"](40)[1:], -9)):
         s = Schedule(torch.cat([torch.zeros(1), beta]))
         K, kl = sohl.evaluate(sohl.GAUSSIAN, s, exact, x0, 1)
-        _, entropies = sohl.kl_and_entropies(sohl.GAUSSIAN, s, exact, x0[:1], torch.tensor([2]))
-        assert K.mean().item() == pytest.approx((entropies - kl.sum()).item(), rel=1e-9)
-        assert sohl.evaluate(sohl.GAUSSIAN, s, exact, x0, 1)[0].equal(K)  # it seeds itself
         torch.manual_seed(9)
         state = torch.get_rng_state()
         assert sohl.evaluate(sohl.GAUSSIAN, s, exact, x0.float(), 1)[0].allclose(K, atol=1e-3)
-        assert torch.get_rng_state().equal(state)  # and disturbs no training
+        assert torch.get_rng_state().equal(state)  # it seeds itself, and disturbs no training
         gain = K - log_q(m, v, x0) / math.log(2)  # each K estimates a bound on its own log q(x_0)
         assert least < gain.mean() < 4 * gain.std() / 500 ** 0.5
         assert len(kl) == s.T - 1 and kl.min() > -0.01
@@ -838,7 +768,6 @@ def test_papers_posterior_of_a_gaussian():
     xT = modify(sohl.prior(sohl.GAUSSIAN, x0)).sample()
     chain = {10: xT} | dict(sohl.reverse(sohl.GAUSSIAN, s, gaussian_moments, xT, modify))
     m, v = precision * y / (1 + precision), 1 / (1 + precision)
-    exact = m
     for t in range(10, 0, -1):
         k, f = s.alpha[t].sqrt(), s.beta[t]  # of N(0, 1), reversed; at t = 1 it is the forward step
         w = 1 / (1 / f + precision)
@@ -846,14 +775,6 @@ def test_papers_posterior_of_a_gaussian():
         m, v = w * (k * m / f + precision * y), w + (w * k / f) ** 2 * v
         assert agree(chain[t - 1], m) and agree((chain[t - 1] - m) * dx, covariance)
         assert agree((chain[t - 1] - m) ** 2, v)
-    assert m - exact > 0.05  # and so it is biased
-
-def test_sohl_keeps_no_graph():
-    net = sohl.RollNet(sohl.start_beta("learned", 5), True, 8)
-    s, x = sohl.learned_schedule(net.beta_logits), randn(3, 2)
-    for _, xt in sohl.reverse(sohl.GAUSSIAN, s, net, x):
-        assert torch.is_grad_enabled() and not xt.requires_grad
-    assert not sohl.evaluate(sohl.GAUSSIAN, s, net, x)[0].requires_grad
 
 def B(x, rate):
     """The probability of bits."""
@@ -920,7 +841,6 @@ def test_entropies_of_steps_of_a_gaussian(name):
         assert ours.allclose(known, atol=1e-9)
         assert right.allclose(H(s.beta[t]), atol=1e-9)
         assert left.allclose(H(s.beta_tilde[t]), atol=1e-9)
-        assert left[0] <= known <= right[0]
         kl, _ = sohl.kl_and_entropies(sohl.GAUSSIAN, s, moments, x0, steps(t, x0))
         assert agree(kl, (known - left[0]).item())  # the distance from the left, as p is exact
 
@@ -932,7 +852,6 @@ def test_valid_share():
 
 def test_wasserstein():
     a = randn(500, 2)
-    assert sohl.wasserstein(a, a[torch.randperm(500)]) == 0
     assert sohl.wasserstein(a, a + torch.tensor([0.1, -0.7])) == pytest.approx(0.7)
 
 def test_beta_learns_while_the_noise_is_frozen():
@@ -949,148 +868,56 @@ def test_beta_learns_while_the_noise_is_frozen():
 
 @pytest.mark.parametrize("scale", [1, 100])  # 100: data so wide that the gradient is clipped
 def test_sohls_train_step_written_out(scale):
+    """Two equal networks, one trained by the script, one by hand."""
     def start():
         torch.manual_seed(0)
-        return sohl.RollNet(sohl.start_beta("learned", 10), True, 8)
-    net, other = start(), start()
+        net = sohl.RollNet(sohl.start_beta("learned", 10), True, 8)
+        return net, torch.optim.Adam(net.parameters(), 0.01)
+    (net, opt), (other, other_opt) = start(), start()
     x0 = scale * sohl.draw_roll(64, 0.1, 0).float()  # which it casts
-    opt = torch.optim.Adam(net.parameters(), 0.01)
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)  # of another step
+    torch.manual_seed(1)
     K = sohl.train_step(sohl.GAUSSIAN, net, opt, x0)
-    start()
+    torch.manual_seed(1)
     t = torch.randint(2, 11, (64,))
     s = Schedule(torch.cat([torch.zeros(1).double(), other.beta_logits.sigmoid()]))
     kl, entropies = sohl.kl_and_entropies(sohl.GAUSSIAN, s, other, x0.double(), t)
     K_other = entropies.mean() - 9 * kl.mean()
+    (-K_other).backward()
+    other.beta_logits.grad[0] = 0  # β_1 is fixed
+    norm = nn.utils.clip_grad_norm_(other.parameters(), 100)
+    assert (norm > 100) == (scale == 100)
+    other_opt.step()
     assert K.item() == pytest.approx(K_other.item(), rel=1e-12) and not K.requires_grad
-    before = list(other.parameters())
-    gradients = torch.autograd.grad(K_other, before)
-    gradients[0][0] = 0  # β_1 is fixed; the first parameter is β's logits
-    norm = sum(g.double().square().sum() for g in gradients).sqrt()
-    assert (norm > 100) == (scale == 100) and gradients[0].shape == (10,)
-    for now, then, g in zip(net.parameters(), before, gradients):
-        g = g * min(1, 100 / (norm.item() + 1e-6))
-        assert now.allclose(then + 0.01 * g / (g.abs() + 1e-8), atol=1e-6)  # Adam's first step, up
-        assert now.grad.allclose(-g, rtol=1e-4, atol=1e-7)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert_close(opt.state_dict()["state"], other_opt.state_dict()["state"])  # clipped gradients
+    assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=1e-6)
     with pytest.raises(FloatingPointError):
         sohl.train_step(sohl.GAUSSIAN, net, opt, math.nan * x0)
-    assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=1e-6)  # as it was
 
 @pytest.mark.parametrize("kind, make, D", [(sohl.GAUSSIAN, sohl.RollNet, 2),
                                            (sohl.BINOMIAL, sohl.HeartbeatNet, 20)])
 def test_sohls_first_act_on_another_device(kind, make, D):
-    """No tensor of the CPU stands in the middle of a formula; what comes out is float64."""
+    """No tensor of the CPU stands in the middle of a formula. All that comes out is float64, and
+    what is drawn or measured has no graph."""
     s = make_schedule("cosine", 6).to("meta")
     with torch.device("meta"):
         net, x0, t = make(s.beta[1:]), torch.rand(4, D).round().double(), torch.randint(2, 6, (4,))
         y, precision = torch.zeros(2).double(), torch.ones(2).double()
+    drawn = []
+    for _, xt in sohl.reverse(kind, s, net, sohl.prior(kind, x0).sample()):
+        assert torch.is_grad_enabled()
+        drawn.append(xt)
+    drawn += sohl.evaluate(kind, s, net, x0)
+    assert not any(x.requires_grad for x in drawn)
     kl, entropies = sohl.kl_and_entropies(kind, s, net, x0, t)
     sohl.K_estimate(s, kl, entropies).mean().backward()
-    outputs = [kl, entropies, *sohl.entropy_of_step(kind, s, net, x0, t)]
-    outputs.append(sohl.end_of(sohl.reverse(kind, s, net, sohl.prior(kind, x0).sample())))
+    outputs = [*drawn, kl, entropies, *sohl.entropy_of_step(kind, s, net, x0, t)]
     if kind is sohl.GAUSSIAN:
         outputs += sohl.given(net, y, precision, x0, extract(s.alpha_bar, t, x0))
         outputs.append(sohl.times_r(sohl.prior(kind, x0), y, precision).mean)
     assert all(x.device.type == "meta" and x.dtype == torch.float64 for x in outputs)
-
-# ---- whole runs
-
-FLAGS = {"swiss_roll": "--T=5 --steps=6 --num-samples=300",
-         "heartbeat": "--T=50 --steps=6 --num-samples=300"}
-FILES = {"swiss_roll": "bound.png metrics.json posteriors.png reverse.gif swiss_roll.png",
-         "heartbeat": "bound.png metrics.json"}
-
-@pytest.fixture(scope="module")
-def sohls_run(tmp_path_factory):
-    """sohls_run(dataset): the folder that --quick has filled, its numbers, its words."""
-    @cache
-    def once(dataset):
-        out = tmp_path_factory.mktemp("sohl") / "out"
-        args = sohl.get_args(f"--quick --out={out} --dataset={dataset} {FLAGS[dataset]}".split())
-        with contextlib.redirect_stdout(io.StringIO()) as told:
-            return out, sohl.main(args), told.getvalue()
-    return once
-
-@pytest.mark.parametrize("dataset", ["swiss_roll", "heartbeat"])
-def test_sohl_quick_and_its_checkpoint(sohls_run, dataset):
-    out, m, told = sohls_run(dataset)
-    assert m == json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", *FILES[dataset].split()}
-    keys = "dataset seed device torch steps params seconds_train config K_bits K_stderr_bits"
-    assert set(keys.split()) <= m.keys() and "untrained" in told and told.isascii()
-    first, second, third = re.findall("K, a.*|the most.*|K in.*", told)
-    assert first.endswith(f"{m['K_bits']:.3f}") and second.endswith(f"{m['ceiling_bits']:.3f}")
-    assert third.endswith(f"{m['paper_K_bits']:.3f}")
-    assert Path(told.split("Look at ")[1].strip()).exists()
-    again = sohl.main(sohl.get_args([f"--checkpoint={out}/checkpoint.pt"]))
-    assert all(again[key] == m[key] for key in m if key != "config")
-    assert Path(f"runs/sohl_dickstein_2015-{dataset}-samples/bound.png").exists()
-
-def test_what_sohl_measures_of_known_data(sohls_run):
-    roll, heartbeat = sohls_run("swiss_roll")[1], sohls_run("heartbeat")[1]
-    for m in (roll, heartbeat):
-        assert m["K_bits"] < m["K_exact_bits"] < m["ceiling_bits"]
-        assert m["K_exact_bits"] == pytest.approx(m["K_bits"] + m["network_loses_bits"])
-        assert m["K_minus_L_null_bits"] == pytest.approx(m["K_bits"] - m["L_null_bits"])
-    assert roll["L_null_bits"] == pytest.approx(-math.log2(2 * math.pi * math.e))
-    H = -0.2 * math.log2(0.2) - 0.8 * math.log2(0.8)
-    assert heartbeat["L_null_bits"] == pytest.approx(-20 * H)
-    assert heartbeat["K_bits"] == heartbeat["K_bits_per_sequence"]
-    assert heartbeat["valid_share"] < 0.1 < 0.5 < heartbeat["valid_share_exact"] <= 1
-    assert roll["denoise_distance_exact"] < 0.1 < roll["denoise_distance_paper"]
-    assert {f"K_exact_bits_{name}" for name in SCHEDULES} <= roll.keys()
-
-def test_sohl_trains_by_train_step(sohls_run):
-    """A run written out: the seed of every step, the rate, the data. All β learn, but the first."""
-    out, m, _ = sohls_run("swiss_roll")
-    torch.manual_seed(0)
-    net = sohl.RollNet(sohl.start_beta("learned", 5), True, m["config"]["width"])
-    data = sohl.draw_roll(400_000, 0.02, 1)
-    opt = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
-    for step in range(6):
-        torch.manual_seed(step + 1)
-        opt.param_groups[0]["lr"] = 4e-3 * (1 + math.cos(math.pi * step / 6)) / 2
-        sohl.train_step(sohl.GAUSSIAN, net, opt, data[torch.randint(len(data), (256,))])
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)["net"]
-    assert_close(saved, net.state_dict(), rtol=0, atol=0)
-    moved = saved["beta_logits"] - sohl.start_beta("learned", 5).logit()
-    assert moved[0] == 0 and (moved[1:] != 0).all()
-    s, held_out = sohl.learned_schedule(net.beta_logits), sohl.draw_roll(300, 0.02, 2)
-    K, _ = sohl.evaluate(sohl.GAUSSIAN, s, net, held_out)
-    assert m["K_bits"] == pytest.approx(K.mean().item())
-    assert m["K_stderr_bits"] == pytest.approx(K.std().item() / 300 ** 0.5)
-
-SOHLS_MISTAKES = {
-    "--dataset=rolls": "swiss_roll", "--dataset=": "--dataset",
-    "--out=": "empty", "--out=full": "there already", "--st=5": "unrecognized",
-    "--steps=0": "less than 1", "--T=1": "--T from 2", "--lr=-1": "--lr above 0",
-    "--noise=nan": "--noise from", "--noise=0": "--noise from", "--seed=-1": "--seed from",
-    "--dataset=heartbeat --schedule=learned": "learned", "--dataset=heartbeat --noise=0.1": "noise",
-    "--checkpoint=": "empty", "--checkpoint=none": "could not be read",
-    "--checkpoint=damaged": "could not be read", "--checkpoint=foreign": "not of sohl",
-    "--checkpoint=FILE --quick": "not allowed", "--checkpoint=FILE --T=9": "--T: .* is 5",
-    "--checkpoint=FILE --dataset=heartbeat": "--dataset: .* swiss_roll",
-    "--checkpoint=FILE --schedule=linear": "--schedule: .* learned",
-    "--checkpoint=FILE --noise=1": "--noise: .* 0.02"}
-
-@pytest.mark.parametrize("flags", SOHLS_MISTAKES)
-def test_sohls_users_mistakes(sohls_run, flags, capsys, monkeypatch):
-    """Each ends in one line and exit status 2, and leaves no folder."""
-    if "FILE" in flags:
-        shutil.copy(sohls_run("swiss_roll")[0] / "checkpoint.pt", "FILE")
-        capsys.readouterr()  # the words of that run
-    Path("full").mkdir()
-    Path("damaged").write_bytes(b"PK\3\4")
-    torch.save({"script": "ddpm_ho_2020", "net": {}}, "foreign")
-    monkeypatch.setattr(sohl, "train", None)  # none of them gets so far
-    before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as e:
-        sohl.main(sohl.get_args(shlex.split(flags)))
-    line, = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and re.search(f"error: .*{SOHLS_MISTAKES[flags]}", line)
-    assert sorted(Path().rglob("*")) == before
 
 # ------------------------------------------------------- second acts: data, and people's mistakes
 
@@ -1114,20 +941,10 @@ def write_images(*paths, size=(40, 30)):
         mode = ["RGB", "L", "P"][i % 3] if path.suffix.lower() == ".png" else "RGB"
         Image.fromarray(np.full((*size, 3), 20 * i % 256, np.uint8)).convert(mode).save(path)
 
-def write_mnist(n=150):
-    """MNIST's four files with n noise images each, in the folder mnist."""
-    raw = Path("mnist/MNIST/raw")
-    raw.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "t10k"):
-        pixels = np.random.default_rng(len(part)).bytes(n * 28 * 28)
-        images, labels = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
-        images.write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels)
-        labels.write_bytes(struct.pack(">2i", 2049, n) + bytes(range(10)) * (n // 10))
-
 def load(flags):
     """The data of some flags -> {grey level: class name} of all images, and the names."""
-    data = ddpm.load_data(args_of(ddpm, f"--image-size=16 {flags}"))
-    greys = torch.cat([data.images, data.held_out])[:, 0, 8, 8].tolist()
+    data = cfg.load_data(args_of(cfg, f"--image-size=16 {flags}"))
+    greys = torch.cat([data.images, data.held_out]).float().mean((1, 2, 3)).tolist()
     labels = torch.cat([data.labels, data.held_labels]).tolist()
     return {round(grey / 20): data.names[k] for grey, k in zip(greys, labels)}, data.names
 
@@ -1151,64 +968,45 @@ def test_digits():
     assert data.names == list("0123456789") and data.labels.bincount().min() > 120
     assert len(torch.cat([data.images, data.held_out]).unique(dim=0)) == 1797  # all are there
 
-def test_mnist_files():
-    write_mnist()
-    data = ddpm.load_data(args_of(ddpm, "--dataset=mnist --data-dir=mnist"))
-    assert data.images.shape == (150, 1, 28, 28) and data.names == list("0123456789")
-    for images, part in ((data.images, "train"), (data.held_out, "t10k")):
-        raw = Path(f"mnist/MNIST/raw/{part}-images-idx3-ubyte").read_bytes()
-        assert images.numpy().tobytes() == raw[16:]
-
-def test_cifar10_has_its_colours_first(monkeypatch):
-    pixels = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
-    def there(self, *_, **__):
-        vars(self).update(data=pixels, targets=[3, 7], classes=["cat", "horse"])
-    monkeypatch.setattr(ddpm.CIFAR10, "__init__", there)
-    (x, _, y, _), _ = ddpm.load_torchvision("cifar10", "")
-    assert all(np.array_equal(x[:, c], pixels[..., c]) for c in range(3)) and y.tolist() == [3, 7]
-
-def write_annotations(folder, names, meta=True):
-    """The cars' .mat files: classes 2, 1, 2, 1, ... and boxes that leave out the outer 5 pixels."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]
-    rows = [(6, 6, 25, 35, 2 - i % 2, name) for i, name in enumerate(names)]
-    table = np.array(rows, dtype=[(field, object) for field in fields])
-    savemat(f"{folder}/cars_train_annos.mat", {"annotations": table})
-    if meta:
-        models = np.array(["BMW M3 Coupe 2012", "Fisker Karma Sedan 2012"], dtype=object)
-        savemat(f"{folder}/cars_meta.mat", {"class_names": models})
+@pytest.mark.parametrize("dataset, shape", [("MNIST", (2, 28, 28)), ("CIFAR10", (2, 32, 32, 3))])
+def test_what_torchvision_gives(monkeypatch, dataset, shape):
+    """MNIST's images are without a channel, and CIFAR-10's colours come last."""
+    pixels = np.random.default_rng(0).integers(256, size=(2, *shape), dtype=np.uint8)
+    def stand_in(self, root, train, download):
+        vars(self).update(data=pixels[int(train)], targets=[1, 0], classes=["0 - zero", "1 - one"])
+    monkeypatch.setattr(getattr(ddpm, dataset), "__init__", stand_in)
+    data = ddpm.load_data(args_of(ddpm, f"--dataset={dataset.lower()}"))
+    for images, given in ((data.held_out, pixels[0]), (data.images, pixels[1])):
+        assert np.array_equal(images.permute(0, 2, 3, 1).reshape(shape), given)
+    assert data.names == ["0", "1"] and data.labels.tolist() == [1, 0]
 
 @pytest.mark.parametrize("folder", [
     "stanford_cars/cars_train", "stanford_cars/cars_train/cars_train", "cars_train",
     "cars_train/cars_train"])
-@pytest.mark.parametrize("devkit", ["devkit", "stanford_cars/devkit", None])
+@pytest.mark.parametrize("devkit", ["devkit", "stanford_cars/devkit"])
 def test_cars_in_every_layout(folder, devkit, capsys):
-    write_images(*(f"{folder}/{i:05}.jpg" for i in range(4)), "cars_test/cars_test/00001.jpg")
-    if devkit:
-        write_annotations(devkit, [f"{i:05}.jpg" for i in range(4)])
+    """First without annotations. With them the class is the body type or the model, and of each
+    image only the box is left: around it these are white."""
+    paths = [f"{folder}/{i}.jpg" for i in range(4)]
+    write_images(*paths, "cars_test/cars_test/1.jpg")
     found, names = load("--dataset=cars --data-dir=.")
-    if devkit:
-        assert found == {0: "Sedan", 1: "Coupe", 2: "Sedan", 3: "Coupe"}
-    else:
-        assert names == ["car"] and len(found) == 4 and "7545" in capsys.readouterr().out
-
-def test_cars_are_cropped_by_their_boxes_and_labelled_by_model():
-    write_images("cars_train/0.jpg", "cars_train/1.jpg")
-    for i in (0, 1):  # a white frame around the box
-        pixels = np.full((40, 30, 3), 255, np.uint8)
-        pixels[5:35, 5:25] = 0
-        Image.fromarray(pixels).save(f"cars_train/{i}.jpg", quality=95)
-    write_annotations("devkit", ["0.jpg", "1.jpg"])
-    args = args_of(cfg, "--dataset=cars --data-dir=. --labels=model --image-size=16")
-    data = cfg.load_data(args)
-    assert data.names == ["BMW M3 Coupe 2012", "Fisker Karma Sedan 2012"]
-    assert data.images.float().mean() < 12 and data.held_out.float().mean() < 12
-
-def test_body_types_of_cars():
-    for model, body in (("Audi TT RS Coupe 2012", "Coupe"), ("Dodge Caravan Minivan 1997", "Van"),
-                        ("Ford Ranger SuperCab 2011", "other"), ("Audi", "other"),
-                        ("GMC Canyon Extended Cab 2012", "Cab")):
-        assert ddpm.body_of(model) == body
+    assert names == ["car"] and len(found) == 4 and "7545" in capsys.readouterr().out
+    for i, path in enumerate(paths):
+        picture = Image.new("RGB", (30, 40), "white")
+        picture.paste((20 * i,) * 3, (5, 5, 25, 35))
+        picture.save(path, quality=95)
+    models = ["Audi TT RS Coupe 2012", "Dodge Caravan Minivan 1997", "Ford Ranger SuperCab 2011",
+              "GMC Canyon Extended Cab 2012"]
+    fields = [(name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class",
+                                          "fname")]
+    rows = [(6, 6, 25, 35, i + 1, f"{i}.jpg") for i in range(4)]
+    Path(devkit).mkdir(parents=True)
+    savemat(f"{devkit}/cars_train_annos.mat", {"annotations": np.array(rows, fields)})
+    savemat(f"{devkit}/cars_meta.mat", {"class_names": np.array(models, object)})
+    found, _ = load("--dataset=cars --data-dir=.")
+    assert found == {0: "Coupe", 1: "Van", 2: "other", 3: "Cab"}
+    found, names = load("--dataset=cars --data-dir=. --labels=model")
+    assert names == models and found == dict(enumerate(models))
 
 def test_folders_are_classes():
     """The first level is the class, in natural order; hidden names and links are left out."""
@@ -1223,15 +1021,13 @@ def test_folders_are_classes():
 
 def test_pixels_that_a_library_would_clip(capsys):
     """16 bits are scaled, what has no range is named and skipped, what is clear becomes white."""
-    Path("images").mkdir()
+    write_images("images/4.jpg")
+    Path("images/4.jpg").write_bytes(Path("images/4.jpg").read_bytes()[:300])  # it is cut off
     grey = np.full((20, 20), 100.0)
     Image.fromarray((257 * grey).astype(np.uint16)).save("images/0.png")
     Image.fromarray(grey.astype(np.int32) * 1000).save("images/1.tif")
     Image.fromarray(grey.astype(np.float32)).save("images/2.tif")
     Image.new("RGBA", (20, 20), (9, 9, 9, 0)).save("images/3.png")
-    whole = io.BytesIO()
-    Image.fromarray(grey.astype(np.uint8)).save(whole, "JPEG")
-    Path("images/4.jpg").write_bytes(whole.getvalue()[:300])
     data = ddpm.load_data(args_of(ddpm, "--dataset=images --image-size=8"))
     shades = torch.cat([data.images, data.held_out]).float().mean((1, 2, 3)).tolist()
     assert sorted(shades) == [100, 255]
@@ -1253,17 +1049,17 @@ MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE
     "--multipliers 1 0": "--multipliers", "--schedule=liner": "liner.*cosine",
     "--sampler=x": "--sampler.*ddim", "--bogus=1": "bogus", "--step=3": "--step=3",
     "--device=tpu": "--device tpu", "--device=cuda:7": "--device cuda:7",
-    "--preset=large": "--preset.*paper",
+    "--preset=large": "--preset.*paper", "--sampling-steps=2000": "only 1000 steps",
     "--channels=10": "10 channels", "--multipliers 1 1 1 1 1": "8x8 cannot be halved 4 times",
     # empty is not a default
     "--dataset=": "--dataset: .*empty", "--checkpoint=": "--checkpoint: .*empty",
     "--out=": "--out: .*empty", "--resume=": "--resume: .*empty",
     # data
-    "--dataset=mnits": "only 0 of 0 images.*digits, mnist", "--dataset=one": "only 1 of 1",
+    "--dataset=mnits": "mnits: no such folder, and not digits", "--dataset=one": "only 1 of 1",
     "--dataset=empty": "only 0 of 0 images", "--dataset=images --image-size=30": "30x30",
     "--dataset=cars --data-dir=images": "no Stanford Cars in images.*7545",
     "--dataset=mnist --data-dir=file": "mnist can neither be read from file nor",
-    "--dataset=mnist --data-dir=truncated": "mnist can neither.*damaged",
+    "--dataset=mnist --data-dir=damaged": "mnist can neither.*damaged",
     "--dataset=mnist --image-size=32": "--image-size: mnist",
     # folders and checkpoints
     "--out=RUN": "RUN is there already",
@@ -1274,13 +1070,28 @@ MISTAKES_OF_BOTH = {  # flags -> what the line says. RUN is a finished run, FILE
     "--checkpoint=FILE --dataset=images": "images: RUN/.* was trained with digits",
     "--checkpoint=FILE --steps=9": "--steps", "--checkpoint=FILE --channels=32": "--channels 32",
     "--resume=RUN --lr=1 --batch=7": "--batch 7", "--resume=RUN --out=b": "--out b",
-    "--resume=RUN --checkpoint=FILE": "--resume RUN", "--resume=RUN --preset=mnist": "--preset"}
+    "--resume=RUN --checkpoint=FILE": "--resume RUN", "--resume=RUN --preset=mnist": "--preset",
+    "--resume=other": "digits has other classes than the checkpoint.*cat, dog",
+    "--resume=RUN --steps=40 --lr=1e30": "no longer finite.*smaller --lr"}
 MISTAKES = {
     ddpm: MISTAKES_OF_BOTH | {
         "--w=2": "--w", "--attention=5": r"attention at \[5\].*\[8, 4\]",
         "--predict=v": "--predict.*mu",
         "--checkpoint=FILE --no-time-embedding": "--time-embedding False",
         "--checkpoint=assets/mnist_cfg.pt": "checkpoint of ddpm_conditional_cfg.py"},
+    sohl: {
+        "--dataset=rolls": "swiss_roll", "--dataset=": "--dataset", "--out=": "empty",
+        "--out=RUN": "there already", "--st=5": "unrecognized", "--steps=0": "less than 1",
+        "--T=1": "--T from 2", "--lr=-1": "--lr above 0", "--noise=nan": "--noise from",
+        "--noise=0": "--noise from", "--seed=-1": "--seed from",
+        "--dataset=heartbeat --schedule=learned": "learned",
+        "--dataset=heartbeat --noise=0.1": "noise",
+        "--checkpoint=": "empty", "--checkpoint=none": "could not be read",
+        "--checkpoint=file": "could not be read", "--checkpoint=assets/mnist.pt": "not of sohl",
+        "--checkpoint=FILE --quick": "not allowed", "--checkpoint=FILE --T=9": "--T: .* is 5",
+        "--checkpoint=FILE --dataset=heartbeat": "--dataset: .* swiss_roll",
+        "--checkpoint=FILE --schedule=linear": "--schedule: .* learned",
+        "--checkpoint=FILE --noise=1": "--noise: .* 0.02"},
     cfg: MISTAKES_OF_BOTH | {
         "--p-uncond=1.5": "--p-uncond 1.5", "--classes 3 12": "--classes 12: the classes are 0, 1",
         "--guidance=x": "--guidance.*both", "--dataset=images": "guidance needs two classes",
@@ -1290,32 +1101,29 @@ MISTAKES = {
 EVERY_MISTAKE = [(script, flags) for script, own in MISTAKES.items() for flags in own]
 
 @pytest.mark.parametrize("script, flags", EVERY_MISTAKE)
-def test_users_mistakes(quick, fails, monkeypatch, script, flags):
-    message = MISTAKES[script][flags]
-    if "RUN" in flags or "FILE" in flags:
-        shutil.copytree(quick(script)[0], "RUN")
-    Path("empty").mkdir()
+def test_users_mistakes(quick, fails, script, flags):
+    """And the run that some of them name is left as it was."""
+    out, _ = quick(script)
+    shutil.copytree(out, "RUN")
+    for folder in ("empty", "other", "damaged/MNIST/raw"):
+        Path(folder).mkdir(parents=True)
+    torch.save(read("RUN/checkpoint.pt") | {"names": ["cat", "dog"]}, "other/checkpoint.pt")
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        Path(f"damaged/MNIST/raw/{part}-ubyte").write_bytes(bytes(9))
     Path("file").write_text("text")
     Path("assets").symlink_to(HERE / "assets")
     write_images("one/0.png", "images/0.png", "images/1.png")
-    if "truncated" in flags:
-        write_mnist()
-        Path("mnist").rename("truncated")
-        Path("truncated/MNIST/raw/t10k-images-idx3-ubyte").write_bytes(bytes(1000))
-    monkeypatch.setattr(script, "train", None)  # none of them gets so far
-    fails(script, flags.replace("FILE", "RUN/checkpoint.pt"), message)
+    fails(script, flags.replace("FILE", "RUN/checkpoint.pt"), MISTAKES[script][flags])
+    assert Path("RUN/checkpoint.pt").read_bytes() == (out / "checkpoint.pt").read_bytes()
 
-@both
-def test_other_classes_than_the_checkpoints(no_pictures, fails, script):
-    write_images(*(f"images/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)))
-    run(script, "--dataset=images --quick --channels=8 --steps=2 --num-samples=2 --out=a")
-    write_images("images/ant/0.png", "images/ant/1.png")
-    fails(script, "--resume=a --steps=4", "images has other classes than the checkpoint.*cat, dog")
+@pytest.mark.parametrize("flag", [
+    "--T=1", "--T=x", "--seed=-1", "--out=", f"--out={__file__}"])
+def test_schedules_flags(flag, fails):
+    fails(schedules, flag, flag.partition("=")[0])
 
 @pytest.mark.parametrize("error, line", [
     (torch.cuda.OutOfMemoryError(), "memory is full.*--batch"), (OSError(28, "No room"), "No room"),
-    (KeyboardInterrupt(), "stopped by Ctrl-C.*each minute.*--resume FOLDER"),
-    (KeyError("ema"), None)])
+    (KeyboardInterrupt(), "stopped by Ctrl-C. There is no checkpoint"), (KeyError("ema"), None)])
 @both
 def test_from_the_shell(script, error, line, monkeypatch, capsys):
     """What a user can cause is one line; a bug keeps its traceback."""
@@ -1339,216 +1147,187 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(script, name, lambda *_: None)
     monkeypatch.setattr(cfg, "draw_film", lambda *_: None)
 
+QUICK = {ddpm: "--predict=x0", cfg: "--guidance free classifier --w 1 0",
+         sohl: "--T=5 --steps=6 --num-samples=300"}
+HEARTBEAT = "--dataset=heartbeat --T=50"
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """quick(script): the folder that --quick has filled, its numbers, its words. Each runs once."""
+    """quick(script): the folder that --quick has filled, and its numbers. Each runs once."""
     @cache
-    def once(script):
+    def once(script, *flags):
         out = tmp_path_factory.mktemp("quick") / "out"
-        flags = "--guidance free classifier" if script is cfg else ""
-        with contextlib.redirect_stdout(io.StringIO()) as told:
-            return out, run(script, f"--quick --out={out} {flags}"), told.getvalue()
+        return out, run(script, " ".join([f"--quick --out={out}", QUICK[script], *flags]))
     return once
 
-@both
-def test_a_quick_run_and_the_same_from_its_checkpoint(quick, script):
-    out, m, told = quick(script)
-    written = "metrics.json checkpoint.pt samples.npz samples.png loss.png training.png "
-    written += "progressive.png" if script is ddpm else "classifier.pt reverse.gif reverse.png"
-    assert files(out) == set(written.split())
+@pytest.mark.parametrize("script, flags, written", [
+    (ddpm, [], "samples.npz samples.png loss.png training.png progressive.png"),
+    (cfg, [], "samples.npz samples.png loss.png training.png reverse.png reverse.gif"
+              " classifier.pt"),
+    (sohl, [], "bound.png posteriors.png reverse.gif swiss_roll.png"),
+    (sohl, [HEARTBEAT], "bound.png")])
+def test_what_a_quick_run_leaves(quick, script, flags, written):
+    out, m = quick(script, *flags)
+    assert files(out) == {"checkpoint.pt", "metrics.json", *written.split()}
     assert m == json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    keys = "dataset seed device torch steps params seconds_train loss config"
-    assert set(keys.split()) <= m.keys() and m["steps"] == 30 and 0 < m["loss"] < 0.9
-    assert "1347 images of the classes 0, 1, 2" in told and f"--resume {out} --steps 60" in told
-    assert told.splitlines()[-1] == f"look at:    {out}/samples.png"
-    given = "--num-samples=100" + (" --guidance free classifier" if script is cfg else "")
-    again = run(script, f"--checkpoint={out}/checkpoint.pt --out=again {given}")
-    assert "seconds_train" not in again and again["steps"] == 30
-    arrays, others = np.load(out / "samples.npz"), np.load("again/samples.npz")
-    assert all(np.array_equal(arrays[k], others[k]) for k in arrays)
+    keys = "dataset seed device torch steps params seconds_train config"
+    assert set(keys.split()) <= m.keys()
+
+@both
+def test_samples_of_a_checkpoint_are_those_of_its_run(quick, script):
+    """Of a sweep, samples.npz has w = 0. The first portion of 50 is the same, whatever follows."""
+    out, m = quick(script)
+    guidance = "--guidance free --w 0" if script is cfg else ""
+    again = run(script, f"--checkpoint={out}/checkpoint.pt {guidance}")
+    assert "seconds_train" not in again and again["steps"] == 30 and 0 < m["loss"] < 0.9
+    arrays = np.load(out / "samples.npz")
+    others = np.load(f"runs/{script.__name__}-digits-samples/samples.npz")
+    assert all(np.array_equal(arrays[k][:50], others[k][:50]) for k in arrays)
     assert arrays["arr_0"].shape == (100, 8, 8, 1) and arrays["arr_0"].std() > 0
     assert script is ddpm or arrays["arr_1"].tolist() == list(range(10)) * 10
-    if script is cfg:
-        frames = Image.open(out / "reverse.gif")
-        assert frames.info["loop"] == 0 and frames.n_frames > 5
 
 @both
 def test_load_gives_what_a_notebook_needs(quick, script):
-    """ε_θ by the average, from today's checkpoints and from the files in assets."""
+    """ε_θ by the average, whatever the network predicts: here ddpm_ho_2020.py's predicts x_0."""
     path = quick(script)[0] / "checkpoint.pt"
     state, (eps_theta, s, shape, names) = read(path), script.load(path)
     net = script.make_network(state["config"], shape, names).eval()
     net.load_state_dict(state["ema"])
-    inputs = torch.randn(2, *shape), torch.tensor([1, 900]), torch.tensor([3, 10])
+    by_hand = script.as_eps_theta(net, s, "x0" if script is ddpm else "eps")
+    inputs = torch.randn(2, *shape), torch.tensor([500, 900]), torch.tensor([3, 10])
     inputs = inputs[:2 if script is ddpm else 3]
-    assert eps_theta(*inputs).allclose(net(*inputs), atol=1e-5)
+    assert eps_theta(*inputs).allclose(by_hand(*inputs), atol=1e-4)
     assert names == list("0123456789") and s.T == 1000 and list(shape) == [1, 8, 8]
-    weights = "mnist.pt" if script is ddpm else "mnist_cfg.pt"
-    _, s, shape, _ = script.load(HERE / "assets" / weights)
-    assert list(shape) == [1, 28, 28]
-    assert torch.equal(s.alpha_bar, make_schedule("cosine", 1000).alpha_bar)
 
-def test_a_network_that_predicts_x0_draws_by_its_epsilon(no_pictures, quick):
-    run(ddpm, "--quick --predict=x0 --channels=8 --steps=2 --num-samples=2 --out=a")
-    state, (eps_theta, s, shape, _) = read("a/checkpoint.pt"), ddpm.load("a/checkpoint.pt")
-    net = ddpm.make_network(state["config"], shape, None).eval()
-    net.load_state_dict(state["ema"])
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([500, 900])
-    assert eps_theta(x, t).allclose(ddpm.predict_eps(s, x, t, net(x, t)), atol=1e-4)
+@pytest.mark.parametrize("flags", [[], [HEARTBEAT]])
+def test_sohls_numbers_of_a_checkpoint_are_those_of_its_run(quick, capsys, flags):
+    out, m = quick(sohl, *flags)
+    again = run(sohl, f"--checkpoint={out}/checkpoint.pt")
+    assert all(again[key] == m[key] for key in m if key != "config")
+    told = capsys.readouterr().out
+    first = [f"{m[key]:.3f}" for key in ("K_bits", "ceiling_bits", "paper_K_bits")]
+    assert re.findall(r" (-?\d+\.\d{3})\n", told)[:3] == first
+    assert Path(told.split("Look at ")[1].strip()).exists()
 
-@pytest.mark.parametrize("script, flags", [
-    (ddpm, "--flip"), (ddpm, "--no-flip --predict=x0"),
-    (cfg, "--p-uncond=0.5 --guidance=classifier")])
-def test_training_is_the_step_repeated(no_pictures, script, flags):
+def test_what_sohl_measures_of_known_data(quick):
+    roll, heartbeat = quick(sohl)[1], quick(sohl, HEARTBEAT)[1]
+    for m in (roll, heartbeat):
+        assert m["K_bits"] < m["K_exact_bits"] < m["ceiling_bits"]
+    assert roll["L_null_bits"] == pytest.approx(-math.log2(2 * math.pi * math.e))
+    assert heartbeat["valid_share"] < 0.1 < 0.5 < heartbeat["valid_share_exact"] <= 1
+    assert roll["denoise_distance_exact"] < 0.1 < roll["denoise_distance_paper"]
+    assert {f"K_exact_bits_{name}" for name in SCHEDULES} <= roll.keys()
+
+def test_sohl_trains_by_train_step(quick):
+    """A run written out: the seed of every step, the rate, the data; and K, of fresh data."""
+    out, m = quick(sohl)
+    torch.manual_seed(0)
+    net = sohl.RollNet(sohl.start_beta("learned", 5), True, m["config"]["width"])
+    data = sohl.draw_roll(400_000, 0.02, 1)
+    opt = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
+    for step in range(6):
+        torch.manual_seed(step + 1)
+        opt.param_groups[0]["lr"] = 4e-3 * (1 + math.cos(math.pi * step / 6)) / 2
+        sohl.train_step(sohl.GAUSSIAN, net, opt, data[torch.randint(len(data), (256,))])
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)["net"]
+    assert_close(saved, net.state_dict(), rtol=0, atol=0)
+    s, held_out = sohl.learned_schedule(net.beta_logits), sohl.draw_roll(300, 0.02, 2)
+    K, _ = sohl.evaluate(sohl.GAUSSIAN, s, net, held_out)
+    assert m["K_bits"] == pytest.approx(K.mean().item())
+    assert m["K_stderr_bits"] == pytest.approx(K.std().item() / 300 ** 0.5)
+
+@pytest.mark.parametrize("script, flags, name, loss, p_uncond", [
+    (ddpm, "--flip", "checkpoint.pt", ddpm.l_simple, None),
+    (ddpm, "--no-flip --predict=x0", "checkpoint.pt", ddpm.l_x0, None),
+    (cfg, "--p-uncond=0.5", "checkpoint.pt", cfg.l_cfg, 0.5),
+    (cfg, "--guidance=classifier", "classifier.pt", cfg.l_classifier, 0)])
+def test_training_is_the_step_repeated(no_pictures, script, flags, name, loss, p_uncond):
     """Four steps written out, each from its own seed, leave the same weights, bit for bit."""
     few = "--quick --channels=8 --steps=4 --batch=16 --num-samples=10 --sampling-steps=2 --seed=5"
     args = args_of(script, f"{few} --lr=0.05 {flags}")
     args.bf16, args.out, args.warmup = False, "a", 3
     script.main(args)
     data, s = script.load_data(args), make_schedule("cosine", 1000)
-    for name in files("a") & {"checkpoint.pt", "classifier.pt"}:
-        torch.manual_seed(5)
-        make = script.make_network if name == "checkpoint.pt" else script.make_classifier
-        net = script.in_fast_format(make(vars(args), [1, 8, 8], data.names), "cpu")
-        ema, opt = copy.deepcopy(net), torch.optim.Adam(net.parameters())
-        for step in (1, 2, 3, 4):
-            torch.manual_seed(10 ** 9 * 5 + step)
-            opt.param_groups[0]["lr"] = 0.05 * (5 - step) / 4  # one step of warm-up, a fall to 0
-            i = torch.randint(len(data.images), (16,))
-            x0, y = data.images[i].float() / 127.5 - 1, data.labels[i]
-            if "--flip" in flags:
-                x0 = torch.where(torch.rand(16, 1, 1, 1) < 0.5, x0.flip(3), x0)
-            if script is ddpm:
-                loss = ddpm.l_x0 if "x0" in flags else ddpm.l_simple
-                ddpm.train_step(net, ema, opt, s, x0, step, loss, 0.998)
-            elif name == "checkpoint.pt":
-                cfg.cfg_train_step(net, ema, opt, s, x0, y, step, 10, 0.5, decay=0.998)
-            else:
-                cfg.cfg_train_step(net, ema, opt, s, x0, y, step, 10, 0, cfg.l_classifier, 0.998)
-        saved = read(f"a/{name}")
-        assert_close(saved["net"], dict(net.state_dict()), rtol=0, atol=0)
-        assert_close(saved["ema"], dict(ema.state_dict()), rtol=0, atol=0)
+    torch.manual_seed(5)
+    make = script.make_network if name == "checkpoint.pt" else script.make_classifier
+    net = script.in_fast_format(make(vars(args), [1, 8, 8], data.names), "cpu")
+    ema, opt = copy.deepcopy(net), torch.optim.Adam(net.parameters())
+    for step in (1, 2, 3, 4):
+        torch.manual_seed(10 ** 9 * 5 + step)
+        opt.param_groups[0]["lr"] = 0.05 * (5 - step) / 4  # one step of warm-up, a fall to 0
+        i = torch.randint(len(data.images), (16,))
+        x0, y = data.images[i].float() / 127.5 - 1, data.labels[i]
+        if "--flip" in flags:
+            x0 = torch.where(torch.rand(16, 1, 1, 1) < 0.5, x0.flip(3), x0)
+        if script is ddpm:
+            ddpm.train_step(net, ema, opt, s, x0, step, loss, 0.998)
+        else:
+            cfg.cfg_train_step(net, ema, opt, s, x0, y, step, 10, p_uncond, loss, 0.998)
+    saved = read(f"a/{name}")
+    assert_close(saved["net"], dict(net.state_dict()), rtol=0, atol=0)
+    assert_close(saved["ema"], dict(ema.state_dict()), rtol=0, atol=0)
 
-def assert_one_run(a, b):
-    """Two checkpoints are the same, bit for bit, but for the clock."""
-    a, b = read(a), read(b)
-    for key in ("net", "ema", "optimizer", "losses", "step"):
-        assert_close(a[key], b[key], rtol=0, atol=0)
+@pytest.mark.parametrize("script, at, flags", [
+    (ddpm, 4, "--predict=x0"), (cfg, 8, "--guidance=both")])
+def test_a_run_killed_while_saving_and_resumed_is_the_uninterrupted_run(
+        no_pictures, monkeypatch, script, at, flags):
+    """Bit for bit. cfg's is killed while its classifier is trained."""
+    flags = f"--quick --channels=8 --steps=5 --batch=8 --flip {FEW[script]} {flags}"
+    run(script, f"{flags} --out=whole")
+    clock, saves, replace = itertools.count(0, 100), itertools.count(1), os.replace
+    def replace_or_die(a, b):
+        if next(saves) == at:
+            raise KeyboardInterrupt
+        replace(a, b)
+    with monkeypatch.context() as patch:  # a minute passes in every step
+        patch.setattr(script, "time", argparse.Namespace(monotonic=lambda: next(clock)))
+        patch.setattr(os, "replace", replace_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(script, f"{flags} --out=killed")
+    run(script, "--resume=killed")
+    for name in files("killed") & {"checkpoint.pt", "classifier.pt"}:
+        whole, resumed = read(f"whole/{name}"), read(f"killed/{name}")
+        for key in ("net", "ema", "optimizer", "losses", "step"):
+            assert_close(resumed[key], whole[key], rtol=0, atol=0)
 
-KILLED = """
-import importlib, itertools, os, sys, types
-script = importlib.import_module(sys.argv[1])
-clock, replace, saves = itertools.count(0, 100), os.replace, []
-script.time = types.SimpleNamespace(monotonic=lambda: next(clock))  # a minute passes in every step
-def replace_or_die(a, b):
-    saves.append(b)
-    if len(saves) == int(sys.argv[2]):
-        os.kill(os.getpid(), 9)
-    replace(a, b)
-os.replace = replace_or_die
-script.main(script.get_args(sys.argv[3:]))"""
+def test_torchrun_trains():
+    flags = f"--quick --channels=8 --steps=2 --batch=8 {FEW[cfg]} --guidance=both --out=two"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node=2", cfg.__file__, "--device=cpu", *flags.split()],
+                   check=True, timeout=200)
+    assert read("two/checkpoint.pt")["step"] == read("two/classifier.pt")["step"] == 2
 
-def test_processes():
-    """A run killed while saving and resumed is the uninterrupted run; and torchrun trains."""
-    flags = "--quick --channels=8 --steps=5 --batch=8 --device=cpu --flip"
-    environment = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    shell = partial(subprocess.Popen, env=os.environ | environment, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT)
-    of = {ddpm: f"{flags} {FEW[ddpm]} --predict=x0", cfg: f"{flags} {FEW[cfg]} --guidance=both"}
-    jobs = {}
-    for script, at in ((ddpm, "4"), (cfg, "8")):  # the second while its classifier is trained
-        name = script.__name__
-        jobs[script] = shell([sys.executable, "-c", KILLED, name, at, *of[script].split(),
-                              f"--out={name}"])
-    torchrun = shell([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                      "--nproc-per-node=2", cfg.__file__, *of[cfg].split(), "--out=two"])
-    for script in jobs:
-        run(script, f"{of[script]} --out=one-{script.__name__}")
-    for script, job in jobs.items():
-        out, _ = job.communicate(timeout=200)
-        name = script.__name__
-        assert job.returncode == -9, out
-        assert read(f"{name}/checkpoint.pt")["step"] == (3 if script is ddpm else 5)
-        few = "" if script is ddpm else "--guidance=both --w=1"
-        run(script, f"--resume={name} --sampling-steps=2 {few}")
-        for file in files(f"one-{name}") & {"checkpoint.pt", "classifier.pt"}:
-            assert_one_run(f"one-{name}/{file}", f"{name}/{file}")
-    out, _ = torchrun.communicate(timeout=200)
-    assert torchrun.returncode == 0, out
-    assert read("two/checkpoint.pt")["step"] == read("two/classifier.pt")["step"] == 5
-
-def test_two_processes_train_on_both_shares(monkeypatch):
-    """Each process draws its own part of the batch, from its own seed."""
-    drawn = {}
+def test_each_process_draws_its_own_share(monkeypatch, fails):
+    args, shares = args_of(ddpm, "--quick --steps=2 --batch=8"), []
+    data, new = ddpm.open_run(args)
+    def one_step(net, ema, opt, x0, y, step):
+        shares.append(y)
+        return torch.zeros(())
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net: net)
+    monkeypatch.setattr(ddpm, "WORLD", 2)
     for rank in (0, 1):
-        args = args_of(ddpm, "--quick --steps=2 --batch=8")
-        monkeypatch.setattr(ddpm, "WORLD", 2)
         monkeypatch.setattr(ddpm, "RANK", rank)
-        monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net: net)
-        monkeypatch.setattr(ddpm, "save", lambda *_: None)
-        seen, start = [], {"step": 0, "seconds": 0, "losses": torch.zeros(0), "names": [],
-                           "image_shape": []}
-        def one_step(net, ema, opt, x0, y, step, seen=seen):
-            seen.append(y)
-            return torch.zeros(())
-        def make(*_):
-            return nn.Linear(1, 1)
-        ddpm.train(args, start, make, ddpm.load_data(args), Path("x"), one_step)
-        drawn[rank] = torch.stack(seen)
-    assert drawn[0].shape == (2, 4) and not torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0][0], drawn[0][1]) and not torch.equal(drawn[0][1], drawn[1][0])
+        run, path = dict(new), Path("checkpoint.pt")
+        ddpm.train(args, run, lambda *_: nn.Linear(1, 1), data, path, one_step)
+    assert torch.stack(shares).unique(dim=0).shape == (4, 4)  # 2 steps of 2 processes: 4 labels
+    fails(ddpm, "--batch=63", "cannot be shared evenly by 2 processes")
 
-@pytest.mark.parametrize("script", [ddpm, cfg])
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(no_pictures, script, fails):
-    run(script, f"--quick --channels=8 --steps=2 --out=a {FEW[script]}")
-    before = Path("a/checkpoint.pt").read_bytes()
-    fails(script, "--resume=a --steps=9 --lr=1e30", "no longer finite.*smaller --lr")
-    assert Path("a/checkpoint.pt").read_bytes() == before
-
-def test_a_full_disk_keeps_the_last_checkpoint(no_pictures, monkeypatch, capsys):
-    run(ddpm, f"--quick --channels=8 --steps=2 --out=a {FEW[ddpm]}")
-    before = Path("a/checkpoint.pt").read_bytes()
-    full = partial(open, "/dev/full")
-    monkeypatch.setattr(ddpm, "open", lambda path, mode: full(mode), raising=False)
-    monkeypatch.setattr(sys, "argv", ["script", "--device=cpu", "--resume=a", "--steps=4"])
-    with pytest.raises(SystemExit) as e:
-        ddpm.run_from_shell()
-    assert e.value.code == 2 and "error: [Errno 28] No space left" in capsys.readouterr().err
-    assert Path("a/checkpoint.pt").read_bytes() == before
-
-@both
-def test_a_run_claims_a_new_folder(no_pictures, script):
-    """Without --out the next free one, and nothing of another run is touched."""
-    few = f"--quick --channels=4 --steps=1 {FEW[script]}"
-    name = f"runs/{script.__name__}-digits-quick"
-    first = run(script, few)["config"]["out"]
-    before = {path: path.read_bytes() for path in Path(first).iterdir()}
-    outs = [first, *(run(script, few)["config"]["out"] for _ in range(2))]
-    assert outs == [name, f"{name}-2", f"{name}-3"]
-    assert all(path.read_bytes() == content for path, content in before.items())
-
-def test_a_resumed_run_remembers_what_it_was_told(no_pictures):
-    """Its new --steps and --lr are kept."""
-    run(ddpm, "--quick --channels=4 --num-samples=2 --sampling-steps=2 --steps=2 --out=a")
-    run(ddpm, "--resume=a --steps=4 --lr=1e-4 --num-samples=2 --sampling-steps=2")
-    args = args_of(ddpm, "--resume=a")
-    assert (args.steps, args.lr, read("a/checkpoint.pt")["step"]) == (4, 1e-4, 4)
+def test_a_run_claims_a_new_folder():
+    claimed = [str(ddpm.claim_folder(None, "runs/new")) for _ in range(3)]
+    assert claimed == ["runs/new", "runs/new-2", "runs/new-3"]
 
 @both
 def test_sampling_by_hand(script):
     """Portions of 50 from the seed's noise; the frames are those of the first images."""
     args = args_of(script, "--sampling-steps=3 --T=9 --seed=4 --sampler=ddpm")
     args.variance, args.bf16 = "beta", False
-    s, eps_theta, asked = make_schedule("linear", 9), lambda x, t: -2 * x, []
-    def theta_of(first, last):
-        asked.append((first, last))
-        return eps_theta
-    images, frames = script.sample(args, s, (1, 2, 2), theta_of, 53)
+    s, eps_theta = make_schedule("linear", 9), lambda x, t: -2 * x
+    images, frames = script.sample(args, s, (1, 2, 2), lambda *_: eps_theta, 53)
     torch.manual_seed(4)
     chains = [list(script.ddpm_sample(*script.subchain(eps_theta, s, 3), torch.randn(n, 1, 2, 2)))
               for n in (50, 3)]
     assert torch.equal(images, torch.cat([script.to_uint8(chain[-1][1]) for chain in chains]))
-    assert asked == [(0, 50), (50, 53)] and list(frames) == [6, 3, 0]
+    assert list(frames) == [6, 3, 0]
     for (_, xt, x0_hat), (xt_kept, x0_kept) in zip(chains[0], frames.values()):
         assert torch.equal(script.to_uint8(xt[:16]), xt_kept)
         assert torch.equal(script.to_uint8(x0_hat[:16]), x0_kept)
@@ -1560,40 +1339,30 @@ def test_bfloat16_is_for_the_network_alone(no_pictures, script, monkeypatch):
         dtypes.add(h.dtype)
         return forward(self, h)
     monkeypatch.setattr(script.Attention, "forward", watching)
-    for bf16 in (True, False):
-        args = args_of(script, f"--quick --steps=2 --channels=8 {FEW[script]}")
-        args.bf16, args.out = bf16, f"bf16-{bf16}"
-        script.main(args)
-        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
-        dtypes.clear()
-    a, b = read("bf16-True/checkpoint.pt"), read("bf16-False/checkpoint.pt")
-    assert a["losses"].allclose(b["losses"], rtol=0.05)
-    assert not torch.equal(a["losses"], b["losses"])
-    assert all(v.dtype == torch.float32 for v in a["net"].values())
+    args = args_of(script, f"--quick --steps=2 --channels=8 {FEW[script]}")
+    args.bf16, args.out = True, "a"
+    script.main(args)
+    assert dtypes == {torch.bfloat16}
+    assert all(v.dtype == torch.float32 for v in read("a/checkpoint.pt")["net"].values())
 
 # ------------------------------------------------------------- second acts: judge and experiments
 
-def test_judge():
+def test_judge(monkeypatch):
     """The classifier is trained as written here, and is the same for every run."""
     data = ddpm.load_data(args_of(ddpm))
     judge = ddpm.train_judge(data)
     right = judge(ddpm.to_float(data.held_out)).argmax(1) == data.held_labels
     assert right.double().mean() > 0.95
-    assert ddpm.features_of(judge, data.held_out).shape == (450, 64)
-    assert not judge.training and not any(p.requires_grad for p in judge.parameters())
     real = ddpm.some_of(data.images, 200, seed=3)
-    assert len(real.unique(dim=0)) > 190
     assert not torch.equal(real, ddpm.some_of(data.images, 200, seed=4))
     m = ddpm.evaluate(real, judge, data, seed=3)  # real images are at the floor
     assert m["frechet"] == pytest.approx(m["frechet_floor"]) and m["confident_share"] > 0.9
-    noise = torch.randint(256, real.shape, dtype=torch.uint8)
-    assert ddpm.evaluate(noise, judge, data, seed=3)["frechet"] > 20 * m["frechet"]
     y = torch.arange(300) % 10
     real, f_held = cfg.real_like(data, y, 0), ddpm.features_of(judge, data.held_out)
     m = cfg.evaluate(real, y, judge, f_held)
     assert m["label_accuracy"] > 0.95 and 8 < m["classifier_score"] <= 10
-    wrong = cfg.evaluate(real, (y + 1) % 10, judge, f_held)
-    assert wrong["label_accuracy"] < 0.05 and wrong["frechet"] == m["frechet"]
+    monkeypatch.setattr(ddpm, "JUDGE_STEPS", 1)
+    assert torch.equal(*(ddpm.train_judge(data)[1].weight for _ in range(2)))
 
 def test_real_images_of_a_class():
     data = argparse.Namespace(
@@ -1604,7 +1373,7 @@ def test_real_images_of_a_class():
     assert {picked[1], picked[2]} == {0, 2} and picked[4] in (0, 2) and picked[3] == picked[6] == 8
     assert {picked[0], picked[5]} < {1, 3, 4} and picked[0] != picked[5]
 
-def test_experiments(monkeypatch):
+def test_experiments(monkeypatch, capsys):
     """Every experiment on a folder of images, and what inpainting measures; then guidance."""
     drawn, draw = {}, ddpm.draw_table
     def recorded(path, rows, columns=()):
@@ -1615,8 +1384,10 @@ def test_experiments(monkeypatch):
     write_images(*(f"images/{name}/{i}.png" for name in "abc" for i in range(13)))
     small = "--dataset=images --image-size=8 --multipliers 1 2 --channels=8 --steps=3 --batch=8"
     m = run(ddpm, f"{small} --experiments --T=20 --sampling-steps=4 --num-samples=20 --out=a")
-    for name in ("rate_distortion", "interpolation", "inpainting", "samples", "progressive"):
-        assert Path(f"a/{name}.png").stat().st_size > 1000
+    assert files("a") >= {"rate_distortion.png", "interpolation.png", "inpainting.png"}
+    told = capsys.readouterr().out
+    assert "36 images of the classes a, b, c" in told and "--resume a --steps 6" in told
+    assert told.endswith("look at:    a/samples.png\n")
     assert m["bits_per_dim"] > m["bits_per_dim_rate"] > m["bits_per_dim_L_T"] > 0
     rows, hidden = drawn["inpainting.png"], torch.zeros(8, 8, dtype=torch.bool)
     hidden[2:6, 2:6] = True
@@ -1624,9 +1395,7 @@ def test_experiments(monkeypatch):
     rmse = error[:, :, hidden].square().mean().sqrt().item()
     assert (error[:, :, ~hidden] == 0).all() and m["inpainting_rmse"] == pytest.approx(rmse)
     assert 0 <= m["inpainting_kept"] <= 1 and (rows["known"][:, :, hidden] == 128).all()
-    m = run(cfg, f"{small} --w 0 1 --num-samples=8 --sampling-steps=2 --out=b")
-    assert np.load("b/samples.npz")["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert [row["w"] for row in m["sweep"]] == [0, 1]
+    run(cfg, f"{small} --w 0 1 --num-samples=8 --sampling-steps=2 --out=b")
 
 def test_histogram_code(monkeypatch):
     """The yardstick of bits/dim: where three of four images are black, black costs log2(4/3)."""
@@ -1651,16 +1420,14 @@ def test_cfg_sweep(quick, monkeypatch):
     m = run(cfg, f"{flags} --num-samples=100 --guidance free classifier --w -1 0 1 --out=a")
     for sweep in (m["sweep"], m["sweep_classifier"]):
         assert [row["w"] for row in sweep] == [-1, 0, 1]
-        assert all(row["frechet"] > 0 and 1 <= row["classifier_score"] <= 10 for row in sweep)
-        assert all(0 <= row["label_accuracy"] <= 1 for row in sweep)
     assert m["sweep"][0] == m["sweep_classifier"][0] and m["sweep"][2] != m["sweep_classifier"][2]
-    assert m["frechet_floor"] > 0 and files("a") >= {"tradeoff.png", "samples.png", "reverse.gif"}
-    run(cfg, f"{flags} --num-samples=100 --guidance free --w 0 --out=c")  # samples.npz has w = 0
-    assert np.array_equal(np.load("a/samples.npz")["arr_0"], np.load("c/samples.npz")["arr_0"])
+    assert m["frechet_floor"] > 0 and files("a") >= {"tradeoff.png", "samples.png"}
+    assert Image.open("a/reverse.gif").n_frames == 2  # one for each step
     asked, guide = [], cfg.guide
-    def recorded(kind, eps_theta, classifier, s, y, *rest):
+    def recorded(kind, eps_theta, classifier, s, y, K, w, t_max):
         asked.append(y)
-        return guide(kind, eps_theta, classifier, s, y, *rest)
+        assert (K, w, t_max) == (10, 1, 1)
+        return guide(kind, eps_theta, classifier, s, y, K, w, t_max)
     monkeypatch.setattr(cfg, "guide", recorded)
     run(cfg, f"{flags} --w 1 --t-max 1 --classes 3 7 1 --num-samples=60 --guidance free --out=b")
     assert torch.cat(asked).tolist() == np.load("b/samples.npz")["arr_1"].tolist() == [3, 7, 1] * 20
@@ -1675,59 +1442,47 @@ def test_presets_and_checkpoints_decide_the_defaults(quick):
         assert (get("--dataset=cars").image_size, get("--dataset=cars").flip) == (64, True)
         assert not get("--dataset=.").flip and get("--dataset=.").predict == "x0"
         assert get("--preset=paper").steps == 800_000 and get("--preset=paper").schedule == "linear"
-        assert get("--T=20 --sampling-steps=30").sampling_steps == 20 and get("--quick").steps == 30
+        assert get("--T=20").sampling_steps == 20 and get("--quick").steps == 30
         assert get("--multipliers 1").attention == [] and get("").attention == [4]
         path = quick(script)[0] / "checkpoint.pt"
         args = get(f"--checkpoint={path} --sampling-steps=7")
         assert (args.channels, args.num_samples, args.sampling_steps) == (16, 64, 7)
-        assert get(f"--resume={path.parent} --steps=60 --lr=1e-4").steps == 60
-    with torch.device("meta"):
-        args = args_of(ddpm, "--dataset=cifar10 --preset=paper")
-        net = ddpm.make_network(vars(args), (3, 32, 32), None)
-    assert sum(p.numel() for p in net.parameters()) == 35_746_307  # the paper's network
+        _, run = script.open_run(get(f"--resume={path.parent} --steps=60 --lr=1e-4"))
+        assert (run["config"]["steps"], run["config"]["lr"]) == (60, 1e-4)  # remembered
 
-@pytest.mark.parametrize("script", [ddpm, cfg, sohl])
-def test_help(script, capsys):
+@pytest.mark.parametrize("script, flags, default", [
+    (ddpm, "--dataset mnist --help", 7000), (cfg, "--dataset mnist --help", 7000),
+    (sohl, "--dataset heartbeat --help", 8000)])
+def test_help_shows_the_defaults_in_force(script, flags, default, capsys):
     with pytest.raises(SystemExit, match="0"):
-        args_of(script, "--help")
-    shown = capsys.readouterr().out
-    flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", shown, re.M)
-    assert 13 <= len(flags) <= 29 and "examples:" in shown
-    if script is not sohl:
-        with pytest.raises(SystemExit, match="0"):
-            args_of(script, "--dataset mnist --help")
-        assert "(default: 7000)" in capsys.readouterr().out
+        args_of(script, flags)
+    assert f"(default: {default})" in capsys.readouterr().out
 
-@pytest.mark.parametrize("script, least", [(cfg, 45), (sohl, 5)])
-def test_copies_are_equal(script, least):
-    """What stands under "# Copied from" is ddpm_ho_2020.py's, to the letter."""
-    marked = r"^# Copied from ddpm_ho_2020\.py\n(.*?)^(?:# ---|# Not copied|# The paper ends)"
-    blocks = "".join(re.findall(marked, inspect.getsource(script), re.M | re.S))
-    names = re.findall(r"^(?:class|def) (\w+)", blocks, re.M)
-    assert len(names) >= least
-    for name in names:
-        copy_, original = (inspect.getsource(getattr(part, name)) for part in (script, ddpm))
-        assert copy_ == original, name
+@pytest.mark.parametrize("script, own", [
+    (cfg, "evaluate get_args load main make_network"),
+    (sohl, "draw_table evaluate get_args load_checkpoint main train train_step")])
+def test_copies_are_equal(script, own):
+    """What two scripts define by the same name is the same, to the letter, but for these names."""
+    copies, originals = (definitions(inspect.getsource(part)) for part in (script, ddpm))
+    common = copies.keys() & originals.keys()
+    assert {name for name in common if copies[name] != originals[name]} == set(own.split())
 
 def test_readme_commands_parse(monkeypatch):
     """The scripts take every `python script.py ...` of the README, results.md and docstrings."""
     texts = [README, RESULTS, *(script.__doc__ for script in (ddpm, cfg, sohl, schedules))]
     commands = re.findall(r"python ((\w+)\.py[^\n`#&;]*)", "\n".join(texts))
     found = re.findall(r"for (\w+) in ([^;\n]+);", README + RESULTS)
-    loops = {name: shlex.split(values) for name, values in found}
+    loops = {f"${name}": values.split() for name, values in found}
     for script in (ddpm, cfg, sohl):
         state = {"script": script.__name__, "config": vars(script.get_args([])), "net": 1,
                  "image_shape": [1, 8, 8]}
         monkeypatch.setattr(script, "load_checkpoint", lambda path, state=state: state)
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
     assert len(commands) > 6
     for command, module in commands:
-        command = command.split("    ")[0]
-        used = re.findall(r"\$(\w+)", command)
-        for values in itertools.product(*(loops[name] for name in used)):
-            one = command
-            for name, value in zip(used, values):
-                one = one.replace(f"${name}", value)
-            __import__(module).get_args(shlex.split(one)[1:])
+        words = [loops.get(word, [word]) for word in shlex.split(command.split("    ")[0])]
+        for _, *flags in itertools.product(*words):
+            __import__(module).get_args(flags)
 
 def test_code_in_the_readme_is_the_scripts():
     def code(function):  # without its docstring and comments
@@ -1753,13 +1508,6 @@ def test_every_checker_of_the_readme_selects_a_test():
     tests = re.findall(r"^def (test_\w+)", inspect.getsource(sys.modules[__name__]), re.M)
     words = re.findall(r"-k (\w+)`", README)
     assert len(words) > 10 and [w for w in words if not any(w in test for test in tests)] == []
-
-def test_a_schedule_of_ones_own(monkeypatch):
-    """The README's example, pasted into schedules.py, is a --schedule of that name."""
-    monkeypatch.setattr(schedules, "SCHEDULES", dict(SCHEDULES))
-    exec(re.search(r"```python\n(@register\n.*?)```", README, re.S)[1], vars(schedules).copy())
-    expected = (1 - torch.arange(10) / 10) ** 3
-    assert make_schedule("cubic", 10).alpha_bar[:10].float().allclose(expected)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("script, flags", [
