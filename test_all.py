@@ -1188,7 +1188,8 @@ def test_samples_of_a_checkpoint_are_those_of_its_run(quick, script):
 
 @both
 def test_load_gives_what_a_notebook_needs(quick, script):
-    """ε_θ by the average, whatever the network predicts: here ddpm_ho_2020.py's predicts x_0."""
+    """ε_θ by the average, whatever the network predicts: here ddpm_ho_2020.py's predicts x_0. The
+    last row of its training.png is what it draws."""
     path = quick(script)[0] / "checkpoint.pt"
     state, (eps_theta, s, shape, names) = read(path), script.load(path)
     net = script.make_network(state["config"], shape, names).eval()
@@ -1198,6 +1199,10 @@ def test_load_gives_what_a_notebook_needs(quick, script):
     inputs = inputs[:2 if script is ddpm else 3]
     assert eps_theta(*inputs).allclose(by_hand(*inputs), atol=1e-4)
     assert names == list("0123456789") and s.T == 1000 and list(shape) == [1, 8, 8]
+    if script is ddpm:
+        args = args_of(ddpm, f"--checkpoint={path}")
+        images, _ = ddpm.sample(args, s, shape, lambda *_: eps_theta, 16)
+        assert torch.equal(images, state["snapshots"][30])
 
 @pytest.mark.parametrize("flags", [[], [HEARTBEAT]])
 def test_sohls_numbers_of_a_checkpoint_are_those_of_its_run(quick, capsys, flags):
@@ -1289,6 +1294,7 @@ def test_a_run_killed_while_saving_and_resumed_is_the_uninterrupted_run(
         whole, resumed = read(f"whole/{name}"), read(f"killed/{name}")
         for key in ("net", "ema", "optimizer", "losses", "step"):
             assert_close(resumed[key], whole[key], rtol=0, atol=0)
+        assert resumed["seconds"] > 100  # what the killed run had trained is not trained again
 
 def test_torchrun_trains():
     flags = f"--quick --channels=8 --steps=2 --batch=8 {FEW[cfg]} --guidance=both --out=two"
