@@ -872,8 +872,8 @@ def load_checkpoint(path):
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         script, schedule = run["script"], run["config"]["schedule"]
-    except FileNotFoundError:
-        fail(f"{path}: there is no such file")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        fail(f"{path}: there is no such file (--checkpoint takes a file, --resume a folder)")
     except Exception as e:  # the bytes of a damaged file can lead anywhere
         fail(f"{path} is damaged, or no checkpoint of {SCRIPT}.py ({type(e).__name__})")
     if script != SCRIPT or schedule not in SCHEDULES:
@@ -906,12 +906,16 @@ def load(path, device="cpu"):
     net.load_state_dict(run["ema"])
     net = in_fast_format(net.to(device), device).eval().requires_grad_(False)
     s = make_schedule(run["config"]["schedule"], run["config"]["T"]).to(device)
-    eps_theta = as_eps_theta(net, s, run["config"].get("predict", "eps"))
+    predict = run["config"].get("predict", "eps")  # mnist_cfg.pt is older than this setting
+    eps_theta = as_eps_theta(net, s, predict)
     return eps_theta, s, run["image_shape"], run["names"]
 
 def load_classifier(path, device):
     """The classifier that was trained beside a checkpoint."""
-    run = load_checkpoint(Path(path).with_name("classifier.pt"))
+    path = Path(path).with_name("classifier.pt")
+    if not path.is_file():
+        fail(f"{path}: there is no classifier beside the checkpoint; --guidance free needs none")
+    run = load_checkpoint(path)
     net = make_classifier(run["config"], run["image_shape"], run["names"])
     net.load_state_dict(run["ema"])
     return in_fast_format(net.to(device), device).eval().requires_grad_(False)
@@ -934,21 +938,24 @@ def in_fast_format(net, device):
 
 def in_bfloat16(function, args):
     """The same function with networks that compute in bfloat16, if args.bf16 says so."""
-    kind = torch.device(args.device).type  # cpu or cuda
+    kind = torch.device(args.device).type  # "cuda:1" is of the type cuda
     return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
 def train(args, run, make, data, path, one_step, look=None):
     """Train a network from where the run is to args.steps. The run is saved to path each minute and
     at the end, and whoever wants to draw loads it from there.
 
-    make is make_network, or another function like it.
+    run is the dictionary that open_run has made; it becomes the checkpoint. make is make_network,
+    or another function like it.
     one_step(net, ema, opt, x0, y, step) -> loss is one step of training on a batch; ema is the
-    average of net, and opt is Adam.  look(ema) draws a row of training.png, on which one sees the
-    network learn.
+    average of net, and opt is Adam.  look(ema) draws the images of a row of training.png, on which
+    one sees the network learn.
 
     Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
-    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
-    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
+    bit for bit on a CPU, although no random state is saved. (With more --steps than it was begun
+    with it is another run, as the learning rate falls to 0 at the end.) Of the processes that
+    torchrun starts, each takes its share of the batch from its own seed, and their gradients are
+    averaged (DDP)."""
     if run["step"] >= args.steps:
         return
     torch.manual_seed(args.seed)
@@ -982,6 +989,7 @@ def train(args, run, make, data, path, one_step, look=None):
 
         due = step == args.steps or time.monotonic() - saved > 60
         if step % 100 == 0 or due:
+            # One loss that is not finite makes all weights so.
             if not all(weight.isfinite().all() for weight in net.parameters()):
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr than"
                      f" {args.lr:g}. The last checkpoint is as it was")
@@ -998,10 +1006,14 @@ def train(args, run, make, data, path, one_step, look=None):
 
 @torch.no_grad()
 def sample(args, s, image_shape, theta_of, n):
-    """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
+    """Draw n images from the seed's noise.
+
+    theta_of(first, last) is the ε_θ that draws the images first to last - 1. With labels it differs
+    from image to image, otherwise it does not.
 
     They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
-    frames are kept that the figures need, from the largest t to 0: {t: (x_t, x̂_0)}, as uint8.
+    frames are kept that the figures need, from the largest t (of the whole chain) to 0:
+    {t: (x_t, x̂_0)}, as uint8.
     -> uint8 (n, C, H, W), frames"""
     torch.manual_seed(args.seed)
     portion = 50 if args.device == "cpu" else 500
@@ -1180,7 +1192,7 @@ def add_flags(p):
     g.add_argument("--evaluate", action="store_true", help="--checkpoint: compare with real images")
     g.add_argument("--quick", action="store_true", help="everything once, in seconds; draws noise")
     g.add_argument("--seed", type=int, help="of the weights, batches and samples")
-    g.add_argument("--device", type=open_device, help="cpu, cuda, cuda:1 or mps")
+    g.add_argument("--device", type=open_device, help="cpu, cuda or cuda:1")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", type=not_empty, help="digits, mnist, cifar10, cars, or the path of"
                    " a folder of images, in which each folder is a class")
@@ -1209,7 +1221,9 @@ def add_flags(p):
 def read_flags(p, argv, **own_defaults):
     """The flags: what was typed, over the settings of a checkpoint or a preset.  -> Namespace
 
-    p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
+    The words are parsed twice: first to see what was typed, on which the defaults depend, then with
+    these defaults, which -h shows. p was made with argument_default=SUPPRESS, so that at first what
+    was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
@@ -1224,7 +1238,7 @@ def read_flags(p, argv, **own_defaults):
     args = p.parse_args(argv, argparse.Namespace(**UNSET))
 
     sizes = [args.image_size // 2 ** level for level in range(len(args.multipliers))]
-    if "attention" not in typed:
+    if "attention" not in typed:  # a preset may name sizes that these levels do not have
         args.attention = [size for size in args.attention if size in sizes]
     if args.sampling_steps > args.T:
         fail(f"--sampling-steps {args.sampling_steps}: there are only {args.T} steps")
@@ -1241,10 +1255,10 @@ def read_flags(p, argv, **own_defaults):
     return args
 
 def default_device():
-    """The fastest device there is. torchrun's processes have a GPU each."""
+    """A GPU, of which torchrun's processes have one each, or the CPU. A Mac's GPU is not used."""
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cpu"
 
 def preset_of(typed):
     """The settings of a new run: those of --preset, else those of its data set."""
@@ -1258,8 +1272,8 @@ def preset_of(typed):
     return defaults
 
 def settings_of(typed):
-    """A checkpoint's settings. --resume and --checkpoint may change those alone on which the
-    trained network does not depend."""
+    """A checkpoint's settings. Beside --checkpoint one may type only what concerns drawing, beside
+    --resume also --steps and --lr."""
     if "checkpoint" in typed:
         path, free = typed["checkpoint"], {"checkpoint", "out", "seed"}
     else:
@@ -1269,7 +1283,8 @@ def settings_of(typed):
     for name in typed.keys() - free - OF_SAMPLING:
         if typed[name] != config.get(name):
             flag = name.replace("_", "-")
-            fail(f"--{flag} {typed[name]}: {path} was trained with {config.get(name)}")
+            fail(f"--{flag} {typed[name]} does not go with {path}, which was trained with"
+                 f" {config.get(name, 'no such setting')}")
     if "checkpoint" in typed and "evaluate" not in typed:
         config["num_samples"] = 64
     return config
@@ -1278,7 +1293,8 @@ def settings_of(typed):
 
 # Copied from ddpm_ho_2020.py
 def open_run(args):
-    """The data, or None where drawing needs none; and the run, new or from its checkpoint."""
+    """The data, or None where drawing needs none; and the run, new or from its checkpoint. Under
+    torchrun the processes meet here; main ends that."""
     data = None
     if WORLD > 1:
         torch.distributed.init_process_group()
@@ -1298,14 +1314,14 @@ def open_run(args):
     return data, run
 
 def open_folder(args, run, data):
-    """Find or make the run's folder, and say in one line what is about to run.  -> Path"""
+    """Find or make the run's folder, and say what is about to run.  -> Path"""
     name = f"runs/{SCRIPT}-{Path(args.dataset).resolve().name}"
     if args.quick:
         name += "-quick"
     if args.checkpoint:
         name += "-samples"
     if RANK > 0:  # only the first of torchrun's processes writes
-        return Path(name)
+        return Path(args.resume or name)
     args.out = args.resume or str(claim_folder(args.out, name))
     print(f"{args.dataset}, {run['image_shape']}, on {args.device}; results in {args.out}")
     if data is not None:
@@ -1313,9 +1329,8 @@ def open_folder(args, run, data):
     return Path(args.out)
 
 def finish(args, run, measured):
-    """Write metrics.json, print the numbers and what to type next. The last line names the picture.
-
-    This comes before any picture is drawn, so that no number is lost if one fails."""
+    """Write metrics.json, print the numbers and what to type next. The last line names the picture,
+    which is drawn after this, so that no number is lost if it fails."""
     metrics = {"script": SCRIPT, "dataset": args.dataset, "seed": args.seed, "device": args.device,
                "torch": torch.__version__, "steps": run["step"],
                "params": sum(weight.numel() for weight in run["ema"].values()), **measured}
@@ -1333,6 +1348,7 @@ def finish(args, run, measured):
     if args.quick:
         print("--quick trains for seconds only: its samples are still noise")
     if not args.checkpoint:
+        draw_loss(Path(args.out, "loss.png"), run["losses"])
         print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
         print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")
     print(f"look at:    {args.out}/samples.png")
@@ -1344,10 +1360,11 @@ def run_from_shell():
     try:
         main(args)
     except KeyboardInterrupt:
-        if not Path(args.out or "", "checkpoint.pt").is_file():
-            fail("stopped by Ctrl-C. There is no checkpoint: the first is written after a minute")
-        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
-             f" the last checkpoint: python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
+        folder = args.resume or args.out
+        if args.checkpoint or not folder or not Path(folder, "checkpoint.pt").is_file():
+            fail("stopped by Ctrl-C. No checkpoint was made; a training makes one each minute")
+        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {folder}. To draw from"
+             f" the last checkpoint: python {SCRIPT}.py --checkpoint {folder}/checkpoint.pt")
     except OSError as e:  # no space left, no permission
         fail(f"{e}. What was saved before is as it was")
     except torch.cuda.OutOfMemoryError:
@@ -1356,7 +1373,7 @@ def run_from_shell():
 
 # Not copied: the flags of guidance, and the run.
 LINES = """
-real images       {frechet_floor:17.2f} {label_accuracy_real:16.1%}
+real images       {frechet_floor:20.2f} {label_accuracy_real:16.1%}
 loss {loss:.4f}, training {seconds_train:.0f} s"""
 ROW = "{kind:<12}{w:>7g}{frechet:>19.2f}{label_accuracy:>17.1%}{classifier_score:>19.2f}"
 
@@ -1380,14 +1397,15 @@ def get_args(argv=None):
     g.add_argument("--w", type=float, nargs="+",
                    help="weights: 0 is no guidance; more makes the class clearer and the images of"
                         " it more alike")
-    g.add_argument("--t-max", type=int, help="guide only where t is at most this")
+    g.add_argument("--t-max", type=int, help="free: guide only where t is at most this")
     g.add_argument("--classes", nargs="+", help="names of the classes to draw (default: all)")
     args = read_flags(p, argv, labels="body", p_uncond=0.1, guidance=["free"],
                       w=[-1, 0, 0.1, 0.3, 1, 4])
     if not 0 <= args.p_uncond <= 1:
         fail(f"--p-uncond {args.p_uncond} is a share, from 0 to 1")
-    if args.p_uncond in (0, 1):  # guidance needs both models: with one of them, draw from that one
-        args.guidance, args.w = ["free"], [0 - args.p_uncond]
+    if args.p_uncond in (0, 1):  # Eq. (6) needs both models
+        print(f"--p-uncond {args.p_uncond} trains one model, which is drawn from without guidance")
+        args.guidance, args.w = ["free"], [0 - args.p_uncond]  # w = -1 is the one without labels
     return args
 
 def labels_to_draw(args, names):
@@ -1426,18 +1444,18 @@ def train_networks(args, run, data, out):
         eps_tilde = guided(as_eps_theta(ema, s, args.predict), y, K, w)
         return sample(args, s, run["image_shape"], lambda first, last: eps_tilde, 16)[0]
 
-    path, own_path = out / "checkpoint.pt", out / "classifier.pt"
+    path = out / "classifier.pt"
     own_run = {**run, "step": 0, "seconds": 0.0, "losses": torch.zeros(0), "snapshots": {}}
-    train(args, run, make_network, data, path, one_step, look)
+    train(args, run, make_network, data, out / "checkpoint.pt", one_step, look)
     if args.guidance != ["free"]:
-        if own_path.is_file():
-            own_run = load_checkpoint(own_path)
-        train(args, own_run, make_classifier, data, own_path, classifier_step)
+        if args.resume and path.is_file():
+            own_run = load_checkpoint(path)
+        train(args, own_run, make_classifier, data, path, classifier_step)
 
 def compare_real(args, data, y):
-    """The judge, its features of held-out images of the classes in y, and its numbers for real
-    images with the labels y; or None, None, {} where there are too few. Prints the head of the
-    table to which the sweep adds the rows."""
+    """The judge, its features of held-out images of the classes in y, and its numbers: the distance
+    of training images with the labels y, and the label accuracy of the held-out ones. Or None,
+    None, {} where there are too few. Prints the head of the table to which the sweep adds rows."""
     held = torch.isin(data.held_labels, y)
     if args.quick or min(len(y), held.sum()) <= 64:  # fewer have no covariance of 64 features
         print("no Fréchet distance: it takes more than 64 samples and held-out images, not --quick")
@@ -1461,11 +1479,10 @@ def main(args):
     out = open_folder(args, run, data)
     if not args.checkpoint:
         train_networks(args, run, data, out)
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
-        if RANK > 0:  # the first of torchrun's processes draws alone
-            sys.exit()
-        draw_loss(out / "loss.png", run["losses"])
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+    if RANK > 0:  # the first of torchrun's processes draws alone
+        sys.exit()
 
     path = args.checkpoint or out / "checkpoint.pt"
     eps_theta, s, _, _ = load(path, args.device)

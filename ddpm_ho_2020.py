@@ -844,8 +844,8 @@ def load_checkpoint(path):
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         script, schedule = run["script"], run["config"]["schedule"]
-    except FileNotFoundError:
-        fail(f"{path}: there is no such file")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        fail(f"{path}: there is no such file (--checkpoint takes a file, --resume a folder)")
     except Exception as e:  # the bytes of a damaged file can lead anywhere
         fail(f"{path} is damaged, or no checkpoint of {SCRIPT}.py ({type(e).__name__})")
     if script != SCRIPT or schedule not in SCHEDULES:
@@ -864,9 +864,9 @@ def load(path, device="cpu"):
         eps_theta, s, shape, names = load("assets/mnist.pt")
         x0 = last_image(ddim_sample(*subchain(eps_theta, s, 50), torch.randn(16, *shape)))
 
-    The files in assets/ hold the averaged weights alone, in half precision, made so:
+    The files in assets/ hold the averaged weights alone, in half precision, made much like this:
 
-        run = torch.load("runs/ddpm_ho_2020-digits/checkpoint.pt")
+        run = torch.load("runs/ddpm_ho_2020-digits/checkpoint.pt", map_location="cpu")
         run["ema"] = {name: weight.half() for name, weight in run["ema"].items()}
         torch.save({**run, "net": None, "optimizer": None, "snapshots": None}, "weights.pt")"""
     run = load_checkpoint(path)
@@ -893,21 +893,24 @@ def in_fast_format(net, device):
 
 def in_bfloat16(function, args):
     """The same function with networks that compute in bfloat16, if args.bf16 says so."""
-    kind = torch.device(args.device).type  # cpu or cuda
+    kind = torch.device(args.device).type  # "cuda:1" is of the type cuda
     return torch.autocast(kind, torch.bfloat16, enabled=args.bf16)(function)
 
 def train(args, run, make, data, path, one_step, look=None):
     """Train a network from where the run is to args.steps. The run is saved to path each minute and
     at the end, and whoever wants to draw loads it from there.
 
-    make is make_network, or another function like it.
+    run is the dictionary that open_run has made; it becomes the checkpoint. make is make_network,
+    or another function like it.
     one_step(net, ema, opt, x0, y, step) -> loss is one step of training on a batch; ema is the
-    average of net, and opt is Adam.  look(ema) draws a row of training.png, on which one sees the
-    network learn.
+    average of net, and opt is Adam.  look(ema) draws the images of a row of training.png, on which
+    one sees the network learn.
 
     Every step has a seed of its own. So a run that was killed and resumed is the uninterrupted run,
-    bit for bit on a CPU, although no random state is saved. Of the processes that torchrun starts,
-    each takes its share of the batch from its own seed, and their gradients are averaged (DDP)."""
+    bit for bit on a CPU, although no random state is saved. (With more --steps than it was begun
+    with it is another run, as the learning rate falls to 0 at the end.) Of the processes that
+    torchrun starts, each takes its share of the batch from its own seed, and their gradients are
+    averaged (DDP)."""
     if run["step"] >= args.steps:
         return
     torch.manual_seed(args.seed)
@@ -941,6 +944,7 @@ def train(args, run, make, data, path, one_step, look=None):
 
         due = step == args.steps or time.monotonic() - saved > 60
         if step % 100 == 0 or due:
+            # One loss that is not finite makes all weights so.
             if not all(weight.isfinite().all() for weight in net.parameters()):
                 fail(f"the loss is no longer finite at step {step}: try a smaller --lr than"
                      f" {args.lr:g}. The last checkpoint is as it was")
@@ -957,10 +961,14 @@ def train(args, run, make, data, path, one_step, look=None):
 
 @torch.no_grad()
 def sample(args, s, image_shape, theta_of, n):
-    """Draw n images from the seed's noise.  theta_of(first, last): the ε_θ that draws these of them
+    """Draw n images from the seed's noise.
+
+    theta_of(first, last) is the ε_θ that draws the images first to last - 1. With labels it differs
+    from image to image, otherwise it does not.
 
     They are drawn in portions of 50, which fit a CPU's cache, or 500. Of the first 16 images the
-    frames are kept that the figures need, from the largest t to 0: {t: (x_t, x̂_0)}, as uint8.
+    frames are kept that the figures need, from the largest t (of the whole chain) to 0:
+    {t: (x_t, x̂_0)}, as uint8.
     -> uint8 (n, C, H, W), frames"""
     torch.manual_seed(args.seed)
     portion = 50 if args.device == "cpu" else 500
@@ -1127,6 +1135,7 @@ UNSET = dict(  # flags that are of one call, as they are when they are not typed
     out=None, resume=None, checkpoint=None, evaluate=False, experiments=False, quick=False,
     t_max=None, classes=None)
 OF_A_CALL = {*UNSET, "device", "bf16"}  # a checkpoint does not keep these
+# What may be typed beside --checkpoint and --resume:
 OF_SAMPLING = {"sampler", "sampling_steps", "variance", "num_samples", "guidance", "w", "t_max",
                "classes", "evaluate", "experiments", "device", "data_dir"}
 
@@ -1165,7 +1174,7 @@ def add_flags(p):
     g.add_argument("--evaluate", action="store_true", help="--checkpoint: compare with real images")
     g.add_argument("--quick", action="store_true", help="everything once, in seconds; draws noise")
     g.add_argument("--seed", type=int, help="of the weights, batches and samples")
-    g.add_argument("--device", type=open_device, help="cpu, cuda, cuda:1 or mps")
+    g.add_argument("--device", type=open_device, help="cpu, cuda or cuda:1")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", type=not_empty, help="digits, mnist, cifar10, cars, or the path of"
                    " a folder of images, in which each folder is a class")
@@ -1194,7 +1203,9 @@ def add_flags(p):
 def read_flags(p, argv, **own_defaults):
     """The flags: what was typed, over the settings of a checkpoint or a preset.  -> Namespace
 
-    p was made with argument_default=SUPPRESS, so that what was not typed has no value at all."""
+    The words are parsed twice: first to see what was typed, on which the defaults depend, then with
+    these defaults, which -h shows. p was made with argument_default=SUPPRESS, so that at first what
+    was not typed has no value at all."""
     p.error = fail  # one line instead of the whole usage
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(p.parse_args([word for word in argv if word not in ("-h", "--help")]))
@@ -1209,7 +1220,7 @@ def read_flags(p, argv, **own_defaults):
     args = p.parse_args(argv, argparse.Namespace(**UNSET))
 
     sizes = [args.image_size // 2 ** level for level in range(len(args.multipliers))]
-    if "attention" not in typed:
+    if "attention" not in typed:  # a preset may name sizes that these levels do not have
         args.attention = [size for size in args.attention if size in sizes]
     if args.sampling_steps > args.T:
         fail(f"--sampling-steps {args.sampling_steps}: there are only {args.T} steps")
@@ -1226,10 +1237,10 @@ def read_flags(p, argv, **own_defaults):
     return args
 
 def default_device():
-    """The fastest device there is. torchrun's processes have a GPU each."""
+    """A GPU, of which torchrun's processes have one each, or the CPU. A Mac's GPU is not used."""
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cpu"
 
 def preset_of(typed):
     """The settings of a new run: those of --preset, else those of its data set."""
@@ -1243,8 +1254,8 @@ def preset_of(typed):
     return defaults
 
 def settings_of(typed):
-    """A checkpoint's settings. --resume and --checkpoint may change those alone on which the
-    trained network does not depend."""
+    """A checkpoint's settings. Beside --checkpoint one may type only what concerns drawing, beside
+    --resume also --steps and --lr."""
     if "checkpoint" in typed:
         path, free = typed["checkpoint"], {"checkpoint", "out", "seed"}
     else:
@@ -1254,7 +1265,8 @@ def settings_of(typed):
     for name in typed.keys() - free - OF_SAMPLING:
         if typed[name] != config.get(name):
             flag = name.replace("_", "-")
-            fail(f"--{flag} {typed[name]}: {path} was trained with {config.get(name)}")
+            fail(f"--{flag} {typed[name]} does not go with {path}, which was trained with"
+                 f" {config.get(name, 'no such setting')}")
     if "checkpoint" in typed and "evaluate" not in typed:
         config["num_samples"] = 64
     return config
@@ -1274,7 +1286,8 @@ training                {seconds_train:.0f} s
 sampling                {seconds_sample:.0f} s"""
 
 def open_run(args):
-    """The data, or None where drawing needs none; and the run, new or from its checkpoint."""
+    """The data, or None where drawing needs none; and the run, new or from its checkpoint. Under
+    torchrun the processes meet here; main ends that."""
     data = None
     if WORLD > 1:
         torch.distributed.init_process_group()
@@ -1294,14 +1307,14 @@ def open_run(args):
     return data, run
 
 def open_folder(args, run, data):
-    """Find or make the run's folder, and say in one line what is about to run.  -> Path"""
+    """Find or make the run's folder, and say what is about to run.  -> Path"""
     name = f"runs/{SCRIPT}-{Path(args.dataset).resolve().name}"
     if args.quick:
         name += "-quick"
     if args.checkpoint:
         name += "-samples"
     if RANK > 0:  # only the first of torchrun's processes writes
-        return Path(name)
+        return Path(args.resume or name)
     args.out = args.resume or str(claim_folder(args.out, name))
     print(f"{args.dataset}, {run['image_shape']}, on {args.device}; results in {args.out}")
     if data is not None:
@@ -1309,9 +1322,8 @@ def open_folder(args, run, data):
     return Path(args.out)
 
 def finish(args, run, measured):
-    """Write metrics.json, print the numbers and what to type next. The last line names the picture.
-
-    This comes before any picture is drawn, so that no number is lost if one fails."""
+    """Write metrics.json, print the numbers and what to type next. The last line names the picture,
+    which is drawn after this, so that no number is lost if it fails."""
     metrics = {"script": SCRIPT, "dataset": args.dataset, "seed": args.seed, "device": args.device,
                "torch": torch.__version__, "steps": run["step"],
                "params": sum(weight.numel() for weight in run["ema"].values()), **measured}
@@ -1329,6 +1341,7 @@ def finish(args, run, measured):
     if args.quick:
         print("--quick trains for seconds only: its samples are still noise")
     if not args.checkpoint:
+        draw_loss(Path(args.out, "loss.png"), run["losses"])
         print(f"draw more:  python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
         print(f"train on:   python {SCRIPT}.py --resume {args.out} --steps {2 * run['step']}")
     print(f"look at:    {args.out}/samples.png")
@@ -1340,10 +1353,11 @@ def run_from_shell():
     try:
         main(args)
     except KeyboardInterrupt:
-        if not Path(args.out or "", "checkpoint.pt").is_file():
-            fail("stopped by Ctrl-C. There is no checkpoint: the first is written after a minute")
-        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {args.out}. To draw from"
-             f" the last checkpoint: python {SCRIPT}.py --checkpoint {args.out}/checkpoint.pt")
+        folder = args.resume or args.out
+        if args.checkpoint or not folder or not Path(folder, "checkpoint.pt").is_file():
+            fail("stopped by Ctrl-C. No checkpoint was made; a training makes one each minute")
+        fail(f"stopped by Ctrl-C. To go on: python {SCRIPT}.py --resume {folder}. To draw from"
+             f" the last checkpoint: python {SCRIPT}.py --checkpoint {folder}/checkpoint.pt")
     except OSError as e:  # no space left, no permission
         fail(f"{e}. What was saved before is as it was")
     except torch.cuda.OutOfMemoryError:
@@ -1396,11 +1410,10 @@ def main(args):
     out = open_folder(args, run, data)
     if not args.checkpoint:
         train_network(args, run, data, out / "checkpoint.pt")
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
-        if RANK > 0:  # the first of torchrun's processes draws alone
-            sys.exit()
-        draw_loss(out / "loss.png", run["losses"])
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+    if RANK > 0:  # the first of torchrun's processes draws alone
+        sys.exit()
 
     eps_theta, s, shape, _ = load(args.checkpoint or out / "checkpoint.pt", args.device)
     began = time.monotonic()
