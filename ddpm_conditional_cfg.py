@@ -1458,7 +1458,7 @@ def compare_real(args, data, y):
     None, {} where there are too few. Prints the head of the table to which the sweep adds rows."""
     held = torch.isin(data.held_labels, y)
     if args.quick or min(len(y), held.sum()) <= 64:  # fewer have no covariance of 64 features
-        print("no Fréchet distance: it takes more than 64 samples and held-out images, not --quick")
+        print("no Fréchet distance: it takes over 64 samples and held-out images, and no --quick")
         return None, None, {}
     judge = train_judge(data)
     f_held = features_of(judge, data.held_out[held])
