@@ -1102,7 +1102,7 @@ EVERY_MISTAKE = [(script, flags) for script, own in MISTAKES.items() for flags i
 
 @pytest.mark.parametrize("script, flags", EVERY_MISTAKE)
 def test_users_mistakes(quick, fails, script, flags):
-    """And the run that some of them name is left as it was."""
+    """Each ends as the fixture says, and the run that some of them name is left as it was."""
     out, _ = quick(script)
     shutil.copytree(out, "RUN")
     for folder in ("empty", "other", "damaged/MNIST/raw"):
